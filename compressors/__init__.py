@@ -1,0 +1,1 @@
+"""What a delta is: how to make, check and apply one."""

@@ -1,0 +1,1 @@
+"""Kernels that apply deltas to activations."""

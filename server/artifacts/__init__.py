@@ -1,0 +1,1 @@
+"""Artifacts: bytes by digest, names, residency."""

@@ -1,0 +1,1 @@
+"""The engine: its protocol and its vLLM implementation."""

@@ -1,0 +1,1 @@
+"""Activation edits, SpARE profiles and the tool gate."""

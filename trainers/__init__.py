@@ -1,0 +1,1 @@
+"""Offline trainers: they produce the checkpoints and data that the gateway serves."""
