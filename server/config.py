@@ -1,0 +1,160 @@
+"""Settings: one TOML file, environment overrides, nothing else. Read once, in the CLI; components get plain values.
+
+Precedence: command line, then `DELTAWORKS__SECTION__KEY`, then the file, then the defaults below.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
+
+ENV_PREFIX = "DELTAWORKS__"
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message names the key and where it came from."""
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_commas)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ServerSettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    served_name: str | None = None  # id of the base in /v1/models; default: the base folder's name
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=8 << 30, ge=1024)
+    default_max_tokens: int = Field(
+        default=4096, ge=1
+    )  # where a request names no limit: this, or what the context leaves
+    shutdown_timeout_s: int = Field(default=30, ge=0)  # running requests may finish this long after SIGTERM
+
+
+class StoreSettings(Section):
+    path: Path = Path("~/.local/share/deltaworks/store")
+
+
+class EngineSettings(Section):
+    dtype: str = "auto"
+    max_model_len: int | None = Field(default=None, ge=16)
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
+    deltas_per_batch: int = Field(default=8, ge=1)
+    max_resident_deltas: int = Field(default=16, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    enforce_eager: bool = True
+    threads: int | None = Field(default=None, ge=1)
+
+
+class AuthSettings(Section):
+    """No api_keys: inference is open. No admin_keys: the admin plane is closed."""
+
+    api_keys: Keys = ()
+    admin_keys: Keys = ()
+    api_key_file: Path | None = None  # one key a line
+    admin_key_file: Path | None = None
+
+
+class AdmissionSettings(Section):
+    max_concurrent: int = Field(default=256, ge=1)  # rows in flight: prompts times n
+    max_queued_tokens: int = Field(default=262_144, ge=1)  # prompt tokens still waiting for their first output token
+    delta_wait_s: float = Field(default=30.0, ge=0)  # how long a request waits for room for its delta
+    drain_timeout_s: float = Field(default=60.0, ge=0)  # how long `DELETE ?drain=true` waits for running requests
+
+
+class Settings(Section):
+    server: ServerSettings = ServerSettings()
+    store: StoreSettings = StoreSettings()
+    engine: EngineSettings = EngineSettings()
+    auth: AuthSettings = AuthSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+
+    def to_toml(self) -> str:
+        """The settings in force as TOML, keys masked; unset ones are left out."""
+        lines = []
+        for name, section in self.model_dump(mode="json", exclude_none=True).items():
+            lines.append(f"[{name}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in section.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def load_settings(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Merge file, environment and command-line flags (section -> key -> value). Raises SettingsError."""
+    merged: dict[str, dict[str, Any]] = {}
+    for source in (_read_file(file) if file else {}, _read_environ(environ), flags):
+        for section, values in source.items():
+            if not isinstance(values, Mapping):
+                raise SettingsError(f"{section!r} must be a section, written [{section}]{_near(section, ())}")
+            merged.setdefault(section, {}).update(values)
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
+    return _with_key_files(settings)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {file}: {error}") from error
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for name, value in environ.items():
+        if name.startswith(ENV_PREFIX):
+            section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+            if not key:
+                raise SettingsError(f"{name}: expected {ENV_PREFIX}SECTION__KEY")
+            found.setdefault(section, {})[key] = value
+    return found
+
+
+def _near(key: str, parents: Sequence[object]) -> str:
+    known: list[str] = list(Settings.model_fields)
+    if parents:
+        section = Settings.model_fields.get(str(parents[0]))
+        known = list(section.annotation.model_fields) if section and section.annotation else []
+    match = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"
+
+
+def _explain(detail: ErrorDetails) -> str:
+    *parents, key = detail["loc"]
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{_near(str(key), parents)}"
+    return f"setting {name!r}: {detail['msg']}"
+
+
+def _with_key_files(settings: Settings) -> Settings:
+    auth = settings.auth
+    api, admin = auth.api_keys + _read_keys(auth.api_key_file), auth.admin_keys + _read_keys(auth.admin_key_file)
+    return settings.model_copy(update={"auth": auth.model_copy(update={"api_keys": api, "admin_keys": admin})})
+
+
+def _read_keys(file: Path | None) -> tuple[SecretStr, ...]:
+    if file is None:
+        return ()
+    try:
+        lines = [line.strip() for line in file.expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the key file {file}: {error}") from error
+    keys = tuple(SecretStr(line) for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise SettingsError(f"the key file {file} holds no key; a file that protects nothing is surely a mistake")
+    return keys
