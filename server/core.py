@@ -1,5 +1,6 @@
 """The nouns of the request path. Everything imports this module; it imports nothing of ours."""
 
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -121,16 +122,18 @@ class Decisions:
     Durations are seconds; None = not reached.
     """
 
-    delta: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    delta: str | None = None  # the registered name, or "base"; None until the model is resolved
+    system_fingerprint: str | None = None
     delta_digest: str | None = None
     delta_wait_s: float | None = None
     ttft_s: float | None = None
     total_s: float | None = None
     prompt_tokens: int = 0
-    cached_tokens: int = 0
     completion_tokens: int = 0
+    cached_by_prompt: dict[int, int] = field(default_factory=dict)
     finish_reasons: list[str] = field(default_factory=list)
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+        return Usage(self.prompt_tokens, self.completion_tokens, sum(self.cached_by_prompt.values()))

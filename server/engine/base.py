@@ -1,6 +1,6 @@
 """The engine as the gateway sees it. One real engine exists (vllm.py); the tests use a fake."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
         sampling: Sampling,
         delta: EngineDelta | None,
         cache_salt: str | None,
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Stream the `sampling.n` choices of one prompt; closing the iterator aborts the rows."""
         ...
 
