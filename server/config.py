@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -55,6 +55,9 @@ class EngineSettings(Section):
     max_resident_deltas: int = Field(default=16, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
     enforce_eager: bool = True
+    kernel: Literal["auto", "native", "torch"] = (
+        "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds
+    )
     threads: int | None = Field(default=None, ge=1)
 
 

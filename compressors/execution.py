@@ -1,0 +1,166 @@
+"""Stored form -> execution form: what a kernel reads to add one delta to the output of one linear.
+
+Legend: m out features, n in features, r rank, k column. A factor is V [n, r] and U [m, r], both kept column after column as
+(row, value) entries; the delta of the linear is sum_k coef[k] * U[:, k] V[:, k]^T. Under tensor parallelism a worker holds the
+rows of U or of V that belong to its shard, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compressors.artifact import Artifact, Record
+from compressors.errors import ArtifactError
+from compressors.masks import column_keys, factor_rows, layer_seed
+
+WIDE_ENTRY = np.dtype([("value", np.float32), ("row", np.uint32)])
+
+# (layer_seed, factor 0=U 1=V, rows of the factor, keep per column) -> kept rows, column after column
+MaskSource = Callable[[int, int, int, npt.NDArray[np.int32]], npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a weight [out, in] that a worker holds, as half-open ranges, and where its output starts in a fused linear."""
+
+    out_range: tuple[int, int]
+    in_range: tuple[int, int]
+    out_offset: int = 0
+
+
+@dataclass(frozen=True)
+class SparseFactor:
+    """Execution form of one weight's delta on one shard. Entries are u32 words (bf16 value high, row low) or WIDE_ENTRY pairs."""
+
+    out_features: int
+    in_features: int
+    out_offset: int
+    coef: npt.NDArray[np.float32]  # [r]
+    v_start: npt.NDArray[np.int64]  # [r + 1]
+    u_start: npt.NDArray[np.int64]  # [r + 1]
+    v_entries: npt.NDArray[np.void] | npt.NDArray[np.uint32]
+    u_entries: npt.NDArray[np.void] | npt.NDArray[np.uint32]
+
+    @property
+    def rank(self) -> int:
+        return len(self.coef)
+
+    @property
+    def packed(self) -> bool:
+        return self.v_entries.dtype == np.uint32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident in memory."""
+        arrays = (self.coef, self.v_start, self.u_start, self.v_entries, self.u_entries)
+        return sum(array.nbytes for array in arrays)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """One factor: rows and values column after column."""
+
+    start: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    bf16_exact: bool
+
+    def within(self, low: int, high: int) -> _Columns:
+        """The entries whose row lies in [low, high), renumbered from 0."""
+        inside = (self.rows >= low) & (self.rows < high)
+        if inside.all():
+            return self if low == 0 else _Columns(self.start, self.rows - low, self.values, self.bf16_exact)
+        before = np.concatenate([[0], np.cumsum(inside)])
+        return _Columns(before[self.start], self.rows[inside] - low, self.values[inside], self.bf16_exact)
+
+
+def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource = factor_rows) -> SparseFactor:
+    """Execution form of the record `name` ("impart" or "lowrank") of an artifact.
+
+    Raises ArtifactError for a record of another kind.
+    """
+    record = artifact.records[name]
+    if record.kind == "impart":
+        u, v, coef = _impart_columns(artifact, name, record, masks)
+    elif record.kind == "lowrank":
+        u, v, coef = _lowrank_columns(artifact, name)
+    else:
+        raise ArtifactError(
+            f"{name} is stored as {record.kind!r}; only projections (impart, lowrank) have sparse factors"
+        )
+    u, v = u.within(*shard.out_range), v.within(*shard.in_range)
+    rows = max(shard.out_range[1] - shard.out_range[0], shard.in_range[1] - shard.in_range[0])
+    encode = _packed if u.bf16_exact and v.bf16_exact and rows <= 1 << 16 else _wide
+    return SparseFactor(
+        out_features=shard.out_range[1] - shard.out_range[0],
+        in_features=shard.in_range[1] - shard.in_range[0],
+        out_offset=shard.out_offset,
+        coef=np.ascontiguousarray(coef, dtype=np.float32),
+        v_start=v.start,
+        u_start=u.start,
+        v_entries=encode(v),
+        u_entries=encode(u),
+    )
+
+
+def unservable(artifact: Artifact) -> list[str]:
+    """Names of records that change the model outside its linear projections: embeddings, head, norms, biases."""
+    return [name for name, record in artifact.records.items() if record.kind not in ("zero", "impart", "lowrank")]
+
+
+def _impart_columns(
+    artifact: Artifact, name: str, record: Record, masks: MaskSource
+) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
+    seed = layer_seed(artifact.manifest.seed, name)
+    columns = []
+    for side, (label, num_rows) in enumerate(zip("uv", record.shape, strict=True)):
+        keep = artifact.array(f"{name}::keep_{label}").astype(np.int32)
+        values, exact = _decoded(artifact.array(f"{name}::{label}_vals"))
+        rows = masks(seed, side, num_rows, keep)
+        start = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+        columns.append(_Columns(start, rows.astype(np.int64), values, exact))
+    return columns[0], columns[1], artifact.array(f"{name}::coef")
+
+
+def _lowrank_columns(artifact: Artifact, name: str) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
+    a, b = artifact.array(f"{name}::a"), artifact.array(f"{name}::b")  # [r, n], [m, r]
+    rank = a.shape[0]
+    columns = []
+    for matrix in (np.ascontiguousarray(b.T), a):
+        values, exact = _decoded(matrix.reshape(-1))
+        start = np.arange(rank + 1, dtype=np.int64) * matrix.shape[1]
+        columns.append(_Columns(start, np.tile(np.arange(matrix.shape[1]), rank), values, exact))
+    return columns[0], columns[1], np.ones(rank, dtype=np.float32)
+
+
+def _decoded(stored: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.float32], bool]:
+    """Values as fp32, and whether bf16 holds each of them exactly. Stored uint16 is a bf16 bit pattern."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32), True
+    return stored.astype(np.float32), stored.dtype == np.int8
+
+
+def _packed(columns: _Columns) -> npt.NDArray[np.uint32]:
+    values = np.ascontiguousarray(columns.values)
+    return values.view(np.uint32) | columns.rows.astype(np.uint32)
+
+
+def _wide(columns: _Columns) -> npt.NDArray[np.void]:
+    entries = np.empty(len(columns.rows), dtype=WIDE_ENTRY)
+    entries["value"], entries["row"] = columns.values, columns.rows
+    return entries
+
+
+def native_masks(
+    kept_rows: Callable[[npt.NDArray[np.uint64], npt.NDArray[np.int32], int], npt.NDArray[np.int32]],
+) -> MaskSource:
+    """A MaskSource over the C++ kernel's `kept_rows`: the same rows as numpy's, several times faster."""
+
+    def masks(seed: int, side: int, num_rows: int, keep: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return kept_rows(column_keys(seed, side, len(keep)), keep, num_rows)
+
+    return masks

@@ -1,0 +1,234 @@
+"""The engine: vLLM's AsyncLLM, whose core runs in a child process, with our plugin inside.
+
+Deltas travel as LoRA requests whose name is the content digest. The first loads come through `load`, on the gateway's
+word alone; the request then only names what is resident.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.config import EngineSettings
+from server.core import FinishReason, Sampling, TokenEvent, TokenLogprob
+from server.engine.base import EngineDeadError, EngineDelta, EngineError, EngineLoadError
+
+if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_MAX_CPU_KV_BYTES = 4 << 30
+
+
+class VLLMEngine:
+    """Serves one base model and the deltas loaded into it. `start` before anything else."""
+
+    def __init__(self, base: Path, settings: EngineSettings) -> None:
+        self._base = base
+        self._settings = settings
+        self._llm: AsyncLLM | None = None
+        self._adapter_ids: dict[str, int] = {}
+        self._next_id = itertools.count(1)
+        self.kernel = ""
+
+    async def start(self) -> None:
+        """Load the base model. Raises EngineError when the model or the installed vLLM does not fit."""
+        self._llm = await asyncio.to_thread(self._build)
+        statuses = await self._llm.collective_rpc("deltaworks_status")
+        if any(status["manager"] != "DeltaManager" for status in statuses):
+            raise EngineError(
+                "the Deltaworks plugin is not active inside vLLM; is the distribution installed, and does VLLM_PLUGINS name it?"
+            )
+        self.kernel = statuses[0]["kernel"]
+
+    async def stop(self) -> None:
+        """End vLLM's processes."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def max_model_len(self) -> int:
+        length: int = self._running().model_config.max_model_len
+        return length
+
+    @property
+    def dead(self) -> bool:
+        return self._llm is not None and bool(self._llm.errored)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        delta: EngineDelta | None,
+        cache_salt: str | None,
+    ) -> AsyncIterator[TokenEvent]:
+        """New tokens of every choice as they come. Closing the iterator aborts the rows."""
+        from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        lora = None if delta is None else self._lora_request(delta)
+        stream = self._running().generate(prompt, _sampling_params(sampling), request_id, lora_request=lora)
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    for event in _events(output, sampling.logprobs):
+                        yield event
+        except VLLMDeadError as error:
+            raise EngineDeadError("the engine stopped") from error
+        except EngineGenerateError as error:
+            raise EngineError(f"the engine failed on this request: {error}") from error
+
+    async def load(self, delta: EngineDelta) -> int:
+        """Make a delta resident on every worker; returns its bytes in execution form, all workers together."""
+        request = self._lora_request(delta)
+        replies: list[dict[str, Any]] = await self._running().collective_rpc(
+            "deltaworks_load", args=(delta.digest, request.lora_int_id, delta.path)
+        )
+        errors = [reply["error"] for reply in replies if "error" in reply]
+        if errors:
+            await self.unload(delta)
+            raise EngineLoadError(errors[0])
+        return sum(reply["nbytes"] for reply in replies)
+
+    async def unload(self, delta: EngineDelta) -> None:
+        """Drop a delta from memory; nothing happens when it is not resident."""
+        await self._running().collective_rpc("deltaworks_unload", args=(self._lora_request(delta).lora_int_id,))
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDeadError("the engine is not running")
+        return self._llm
+
+    def _lora_request(self, delta: EngineDelta) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        adapter = self._adapter_ids.get(delta.digest)
+        if adapter is None:
+            adapter = self._adapter_ids[delta.digest] = next(self._next_id)
+        return LoRARequest(delta.digest, adapter, delta.path)
+
+    def _build(self) -> AsyncLLM:
+        _set_environment(self._settings)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from server.engine.worker.compat import IncompatibleEngineError, check
+
+        try:
+            check()
+            args = AsyncEngineArgs(**engine_arguments(self._base, self._settings))
+            return AsyncLLM.from_engine_args(args)
+        except (ValueError, RuntimeError, OSError, IncompatibleEngineError) as error:
+            raise EngineError(f"vLLM cannot serve {self._base}: {error}") from error
+
+
+def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs` for our settings."""
+    from vllm.platforms import current_platform
+
+    from server.engine.worker.dtype import cpu_dtype
+
+    on_cpu: bool = current_platform.is_cpu()
+    dtype = cpu_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype
+    kv_bytes = settings.kv_cache_bytes
+    if kv_bytes is None and on_cpu:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        kv_bytes = min(available // 4, _MAX_CPU_KV_BYTES)
+    return {
+        "model": str(base),
+        "dtype": dtype,
+        "max_model_len": settings.max_model_len,
+        "kv_cache_memory_bytes": kv_bytes,
+        "max_num_seqs": settings.max_num_seqs,
+        "enforce_eager": settings.enforce_eager
+        or not on_cpu,  # the torch form of a delta cannot be captured in a CUDA graph
+        "enable_lora": True,
+        "max_loras": settings.deltas_per_batch,
+        "max_cpu_loras": max(settings.max_resident_deltas, settings.deltas_per_batch),
+        "worker_extension_cls": "server.engine.worker.extension.DeltaWorker",
+        "additional_config": {"deltaworks": {"kernel": settings.kernel}},
+        "disable_log_stats": True,
+    }
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """vLLM reads these at import and hands them to its child processes; what the user has set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if settings.threads is not None:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        n=sampling.n,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        logprobs=sampling.logprobs,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        ignore_eos=sampling.ignore_eos,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _events(output: RequestOutput, num_logprobs: int | None) -> list[TokenEvent]:
+    prompt_tokens = len(output.prompt_token_ids or ())
+    return [
+        TokenEvent(
+            index=choice.index,
+            text=choice.text,
+            token_ids=tuple(choice.token_ids),
+            logprobs=None if num_logprobs is None else _logprobs(choice, num_logprobs),
+            finish_reason=_finish_reason(choice.finish_reason),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=output.num_cached_tokens or 0,
+        )
+        for choice in output.outputs
+    ]
+
+
+def _finish_reason(reason: str | None) -> FinishReason | None:
+    if reason is None:
+        return None
+    if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        raise EngineError(f"the engine ended the request early ({reason})")
+    return FinishReason(reason)
+
+
+def _logprobs(choice: CompletionOutput, num_logprobs: int) -> tuple[TokenLogprob, ...]:
+    """vLLM lists the chosen token together with the likeliest ones, which carry the ranks 1, 2, ..."""
+    tokens = []
+    for token_id, found in zip(choice.token_ids, choice.logprobs or (), strict=True):
+        ranked = sorted(found.items(), key=lambda item: item[1].rank)
+        top = tuple(_token_logprob(i, entry) for i, entry in ranked if entry.rank <= num_logprobs)
+        tokens.append(dataclasses.replace(_token_logprob(token_id, found[token_id]), top=top))
+    return tuple(tokens)
+
+
+def _token_logprob(token_id: int, found: Logprob) -> TokenLogprob:
+    return TokenLogprob(token_id, found.decoded_token or "", found.logprob)

@@ -1,0 +1,39 @@
+"""Methods that vLLM adds to its worker class (`worker_extension_cls`); the gateway calls them by name on every worker.
+
+They answer with plain data, also for a delta that cannot be loaded: an exception on this path would lose its type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from server.engine.worker.manager import DeltaManager, DeltaUnavailableError
+
+
+class DeltaWorker:
+    """Mixed into vLLM's worker, which has `model_runner`."""
+
+    model_runner: Any
+
+    def deltaworks_status(self) -> dict[str, Any]:
+        """Which manager is in place, and its kernel."""
+        manager = getattr(self.model_runner, "lora_manager", None)
+        if not isinstance(manager, DeltaManager):
+            return {"manager": type(manager).__name__}
+        return {"manager": "DeltaManager", "kernel": manager.kernel_name}
+
+    def deltaworks_load(self, digest: str, adapter_id: int, path: str) -> dict[str, Any]:
+        """Make a delta resident: its bytes in execution form, or the reason why not."""
+        manager: DeltaManager = self.model_runner.lora_manager
+        try:
+            manager.add_adapter(LoRARequest(digest, adapter_id, path))
+        except DeltaUnavailableError as error:
+            return {"error": str(error)}
+        return {"nbytes": manager.resident_bytes()[adapter_id]}
+
+    def deltaworks_unload(self, adapter_id: int) -> bool:
+        """Drop a delta; False when it was not resident."""
+        manager: DeltaManager = self.model_runner.lora_manager
+        return manager.remove_adapter(adapter_id)

@@ -1,0 +1,122 @@
+"""The data plane: every linear of the model computes its base product as before, then adds the deltas of its rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from compressors.kernels.native import NativeSparse
+from compressors.kernels.torch_csr import TorchCsr
+from server.engine.worker.plan import StepPlan
+
+Kernel = NativeSparse | TorchCsr
+
+
+@dataclass
+class DeltaState:
+    """What the linears of one worker share: the kernel and the plan of the step that is running (None: base rows only)."""
+
+    kernel: Kernel
+    plan: StepPlan | None = None
+
+
+@dataclass
+class DeltaLinear:
+    """The deltas resident on one linear layer, by adapter id, in the kernel's execution form."""
+
+    state: DeltaState
+    resident: dict[int, Any] = field(default_factory=dict)
+    _plan: StepPlan | None = None
+    _groups: Any = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
+        """y [T, out] += the deltas of x [T, in], in place, for the rows that `plan` names."""
+        if plan is not self._plan:
+            parts = [(self.resident[adapter], rows) for adapter, rows in plan.groups if adapter in self.resident]
+            self._groups = self.state.kernel.group(parts) if parts else None
+            self._plan = plan
+        if self._groups is not None:
+            self.state.kernel.apply(y, x, self._groups)
+
+    def forget(self) -> None:
+        """Drop what was derived from the last plan, so that no pointer outlives the delta behind it."""
+        self._plan = self._groups = None
+
+
+class DeltaLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are untyped for us
+    """Wraps the quant method of one linear, whatever it is: plain, packed for the CPU, or quantised.
+
+    In RowParallelLinear `apply` runs before the all-reduce and in ColumnParallelLinear before the gather, so adding a
+    shard's part of the delta here is right by linearity.
+    """
+
+    def __init__(self, inner: LinearMethodBase, linear: DeltaLinear, name: str) -> None:
+        self.inner = inner
+        self.linear = linear
+        self.name = name
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **extra_weight_attrs: Any) -> None:
+        self.inner.create_weights(layer, *args, **extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y: torch.Tensor = self.inner.apply(layer, x, bias)
+        if torch.compiler.is_compiling():  # a graph is replayed with other plans, so the op must always be in it
+            torch.ops.deltaworks.add_delta(y, x, self.name)
+            return y
+        plan = self.linear.state.plan
+        if plan is not None:
+            self.linear.add(y, x, plan)
+        return y
+
+
+def wrap_linears(
+    model: torch.nn.Module, state: DeltaState, forward_context: dict[str, Any]
+) -> Mapping[str, tuple[LinearBase, DeltaLinear]]:
+    """Wrap the quant method of every linear of `model`; returns them by module name.
+
+    `forward_context` is vLLM's layer table (`static_forward_context`), where the op of compiled graphs finds its linear.
+    """
+    wrapped = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            linear = DeltaLinear(state)
+            key = f"deltaworks.{name}"
+            module.quant_method = DeltaLinearMethod(module.quant_method, linear, key)
+            forward_context[key] = linear
+            wrapped[name] = (module, linear)
+    return wrapped
+
+
+def _add_delta(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
+    linear: DeltaLinear = get_forward_context().no_compile_layers[name]
+    plan = linear.state.plan
+    if plan is not None:
+        linear.add(y, x, plan)
+
+
+def _add_delta_fake(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
+    return None
+
+
+@functools.cache
+def op_library() -> torch.library.Library:
+    """Defines `deltaworks::add_delta`. An op belongs to the process, so the library lives as long as it does."""
+    library = torch.library.Library("deltaworks", "FRAGMENT")
+    direct_register_custom_op(
+        op_name="add_delta",
+        op_func=_add_delta,
+        mutates_args=["y"],
+        fake_impl=_add_delta_fake,
+        target_lib=library,
+    )
+    return library

@@ -1,0 +1,174 @@
+"""The delta manager: vLLM's LoRA control plane (load, list, drop, per-step map) over our data plane.
+
+The gateway decides what is resident (server/artifacts/pool.py); this manager never evicts on its own account, and a request
+for a delta that is not resident is our own bug, which stops the engine rather than let the base answer in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compressors.artifact import Artifact
+from compressors.errors import DeltaError
+from compressors.execution import MaskSource, SparseFactor, native_masks, sparse_factor, unservable
+from compressors.kernels.build import KernelUnavailableError
+from compressors.kernels.native import NativeKernel, NativeSparse
+from compressors.kernels.torch_csr import TorchCsr
+from compressors.masks import factor_rows
+from server.engine.worker.linear import DeltaState, Kernel, op_library, wrap_linears
+from server.engine.worker.placement import Placement, PlacementError
+from server.engine.worker.plan import Planner
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger("deltaworks.worker")
+
+
+class DeltaUnavailableError(Exception):
+    """A delta cannot be made resident; the message says which tensor and why."""
+
+
+class DeltaManager:
+    """Same interface as vLLM's `LRUCacheWorkerLoRAManager`, which both model runners call."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, settings: dict[str, Any]) -> None:
+        self._config = vllm_config
+        self._device = device
+        self._planner = Planner()
+        self._resident_bytes: dict[int, int] = {}
+        self._masks: MaskSource = factor_rows
+        self._state = DeltaState(self._kernel(settings.get("kernel", "auto")))
+        op_library()
+
+    # Life of the manager
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> torch.nn.Module:
+        """Wrap the linears of the loaded base model; called once, before the first forward."""
+        context = vllm_config.compilation_config.static_forward_context
+        wrapped = wrap_linears(model, self._state, context)
+        self._linears = {name: linear for name, (_, linear) in wrapped.items()}
+        self._placement = Placement(model, {name: module for name, (module, _) in wrapped.items()})
+        logger.info("delta plane: %d linears, kernel %s", len(wrapped), self._state.kernel.name)
+        return model
+
+    def _kernel(self, wanted: str) -> Kernel:
+        if self._device.type != "cpu" or wanted == "torch":
+            return TorchCsr(self._device)
+        try:
+            kernel = NativeKernel.load()
+        except KernelUnavailableError as error:
+            if wanted == "native":
+                raise
+            logger.warning("deltas are served with torch CSR, about half as fast as the C++ kernel: %s", error)
+            return TorchCsr(self._device)
+        self._masks = native_masks(kernel.kept_rows)
+        return NativeSparse(kernel, torch.get_num_threads())
+
+    # Deltas
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Load the artifact at `lora_path` into execution form; False when it is resident already."""
+        adapter = lora_request.lora_int_id
+        if adapter in self._resident_bytes:
+            return False
+        started = time.perf_counter()
+        kernel = self._state.kernel
+        nbytes = 0
+        for name, factors in self._load(Path(lora_request.lora_path), lora_request.lora_name).items():
+            prepared = kernel.prepare(factors)
+            nbytes += kernel.nbytes(prepared)
+            self._linears[name].resident[adapter] = prepared
+        self._resident_bytes[adapter] = nbytes
+        self._forget_plans()
+        logger.info(
+            "delta %.12s resident: %d bytes in %.2f s", lora_request.lora_name, nbytes, time.perf_counter() - started
+        )
+        return True
+
+    def _load(self, path: Path, digest: str) -> dict[str, list[SparseFactor]]:
+        loaded: dict[str, list[SparseFactor]] = {}
+        try:
+            with Artifact.open(path) as artifact:
+                if outside := unservable(artifact):
+                    raise DeltaUnavailableError(
+                        f"delta {digest:.12} changes {outside[0]}, which this engine does not serve yet"
+                    )
+                for name, record in artifact.records.items():
+                    if record.kind == "zero":
+                        continue
+                    place = self._placement.place(name, (record.shape[0], record.shape[1]))
+                    factor = sparse_factor(artifact, name, place.shard, self._masks)
+                    loaded.setdefault(place.linear, []).append(factor)
+        except (OSError, DeltaError, PlacementError) as error:
+            raise DeltaUnavailableError(f"delta {digest:.12} cannot be loaded: {error}") from error
+        return loaded
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Drop a delta from memory; False when it was not resident."""
+        if self._resident_bytes.pop(adapter_id, None) is None:
+            return False
+        self._forget_plans()
+        for linear in self._linears.values():
+            linear.resident.pop(adapter_id, None)
+        return True
+
+    def remove_all_adapters(self) -> None:
+        for adapter in list(self._resident_bytes):
+            self.remove_adapter(adapter)
+
+    def list_adapters(self) -> set[int]:
+        return set(self._resident_bytes)
+
+    def resident_bytes(self) -> dict[int, int]:
+        """Bytes in execution form by adapter id."""
+        return dict(self._resident_bytes)
+
+    @property
+    def kernel_name(self) -> str:
+        return self._state.kernel.name
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Every resident delta stays until the gateway drops it, so it is pinned already."""
+        return adapter_id in self._resident_bytes
+
+    # Each step
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Build the plan of the coming step from the adapter id of every token row."""
+        for request in requests:
+            if request.lora_int_id not in self._resident_bytes:
+                raise DeltaUnavailableError(f"delta {request.lora_name:.12} was scheduled but is not resident")
+        if mapping is not None:
+            self._state.plan = self._planner.plan(mapping.index_mapping)
+
+    def _forget_plans(self) -> None:
+        self._state.plan = None
+        self._planner.forget()
+        for linear in self._linears.values():
+            linear.forget()
+
+    # Warm-up of the runners: a dummy delta changes nothing
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        self._resident_bytes[lora_request.lora_int_id] = 0
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
