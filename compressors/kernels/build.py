@@ -51,3 +51,16 @@ def _compile(compiler: str, target: Path) -> None:
         staging.rename(target)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Build the kernel now rather than at the first start (`python -m compressors.kernels.build`)."""
+    try:
+        print(f"kernel: {library()}")
+    except KernelUnavailableError as error:
+        print(f"kernel not built, deltas will be served with torch CSR: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+# `make` lists the targets. Everything runs in .venv, which `make venv` creates and keeps current.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+ENGINE ?= cpu
+VENV := .venv
+STAMP := $(VENV)/.deltaworks-$(ENGINE)
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+# A wheel index that has a CPU build of torch, where pip does not offer one by itself.
+TORCH_INDEX ?=
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help venv demo test test-fast check demo-deltas lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP)  ## make .venv, or bring it up to date (ENGINE=cpu|gpu, TORCH_INDEX=url)
+
+ifeq ($(ENGINE),gpu)
+$(STAMP): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar on -e '.[gpu,train,dev]'
+	$(VENV)/bin/python -m compressors.kernels.build
+	touch $@
+else
+$(STAMP): pyproject.toml deploy/lock/cpu.txt
+	@test -x $(VENV)/bin/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the locked CPU environment (a few minutes the first time)"
+	$(if $(TORCH_INDEX),$(PIP) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' deploy/lock/cpu.txt)")
+	$(PIP) install --no-deps --no-compile --progress-bar on -r deploy/lock/cpu.txt
+	$(PIP) install --no-deps --no-build-isolation --no-compile --quiet -e .
+	$(VENV)/bin/python -m compressors.kernels.build
+	@touch $@
+endif
+
+demo: venv  ## start a server with three demo deltas and ask all of them the same questions (DEMO_ONCE=1 to stop then)
+	$(VENV)/bin/deltaworks demo $(if $(DEMO_ONCE),--once)
+
+test: venv  ## all tests, on the real engine too
+	$(VENV)/bin/python -m pytest
+
+test-fast: venv  ## the tests that need no engine
+	$(VENV)/bin/python -m pytest -m "not engine"
+
+check: venv  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+demo-deltas: venv  ## train, compress and check the demo deltas again (hours on two cores)
+	$(VENV)/bin/deltaworks train demo-deltas --out deploy/demo
+
+lock: venv  ## write deploy/lock/cpu.txt from what is installed
+	$(VENV)/bin/python deploy/lock/refresh.py > deploy/lock/cpu.txt.new && mv deploy/lock/cpu.txt.new deploy/lock/cpu.txt
+
+clean:  ## remove the environment and caches of this folder
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
