@@ -52,7 +52,8 @@ class Gateway:
         self._pool = pool
         self._admission = admission
         self._prompts = prompts
-        self._base_fingerprint = base_fingerprint
+        self.base_fingerprint = base_fingerprint
+        self.created = int(time.time())  # of the base, as /v1/models shows it
         self._state = State.LOADING
 
     @property
@@ -147,13 +148,14 @@ class Gateway:
             return replace(sampling, max_tokens=min(sampling.max_tokens, room))
         if sampling.max_tokens > room:
             raise ContextLengthExceeded(
-                f"the prompt's {prompt_tokens} tokens and max_tokens {sampling.max_tokens} exceed the context of {context}",
+                f"the prompt's {prompt_tokens} tokens and max_tokens {sampling.max_tokens} "
+                f"together exceed the context of {context}",
                 param="max_tokens",
             )
         return sampling
 
     def _system_fingerprint(self, delta: EngineDelta | None) -> str:
-        weights = f"{self._base_fingerprint}+{delta.digest if delta else ''}"
+        weights = f"{self.base_fingerprint}+{delta.digest if delta else ''}"
         return f"fp_{hashlib.sha256(weights.encode()).hexdigest()[:12]}"
 
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids: the base's chat template and tokenizer. transformers is imported only when a tokenizer loads."""
+"""Prompts to token ids by the base's chat template and tokenizer. transformers is imported when a tokenizer loads."""
 
 import asyncio
 import json

@@ -4,7 +4,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -14,7 +16,29 @@ MAX_DELTA_LABELS = 50
 LATENCY_EDGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 LOAD_EDGES = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-request_log = logging.getLogger("deltaworks.request")
+
+@dataclass
+class Exchange:
+    """One HTTP request and its answer, as the log line and the metrics see it; filled in along the way.
+
+    `failed_status` is what went wrong after the status line was sent; `error` is set for our own faults only.
+    """
+
+    request_id: str
+    decisions: Decisions = field(default_factory=Decisions)
+    stream: bool = False
+    key_id: str | None = None
+    error_code: str | None = None
+    error: Exception | None = None
+    failed_status: int | None = None
+
+    def attach(self, scope: MutableMapping[str, Any]) -> None:
+        scope.setdefault("state", {})["exchange"] = self
+
+    @staticmethod
+    def of(scope: MutableMapping[str, Any]) -> "Exchange":
+        exchange: Exchange = scope["state"]["exchange"]
+        return exchange
 
 
 class Telemetry:

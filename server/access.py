@@ -1,0 +1,96 @@
+"""What happens once for every HTTP exchange: a request id, the last net for errors, one log line, the metrics."""
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from server.errors import describe
+from server.telemetry import Exchange, Telemetry
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
+_QUIET = ("/health/live", "/health/ready", "/metrics")
+
+log = logging.getLogger("deltaworks.request")
+
+
+class AccessMiddleware:
+    """Plain ASGI, outermost: also an answer to an unknown route or a crash has its id, its log line and its count."""
+
+    def __init__(self, app: App, telemetry: Telemetry) -> None:
+        self._app = app
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(_request_id(scope["headers"]))
+        exchange.attach(scope)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - one of the two outermost handlers (the other is in sse.py)
+            exchange.error = error
+            problem = describe(error)
+            exchange.error_code = problem.code
+            if not status:
+                await _send_json(send_with_id, problem.status, problem.body)
+        finally:
+            self._finish(scope, exchange, exchange.failed_status or status or 499)
+
+    def _finish(self, scope: MutableMapping[str, Any], exchange: Exchange, status: int) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        seconds = time.perf_counter() - exchange.decisions.started
+        self._telemetry.record(route, status, seconds, exchange.stream, exchange.decisions)
+        if route in _QUIET and status < 400:
+            return
+        made = exchange.decisions
+        fields = {
+            "request_id": exchange.request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "code": exchange.error_code,
+            "key": exchange.key_id,
+            "stream": exchange.stream,
+            "delta": made.delta,
+            "delta_digest": made.delta_digest,
+            "prompt_tokens": made.usage.prompt_tokens,
+            "cached_tokens": made.usage.cached_tokens,
+            "completion_tokens": made.usage.completion_tokens,
+            "finish_reasons": made.finish_reasons,
+            "delta_wait_s": made.delta_wait_s,
+            "ttft_s": made.ttft_s,
+            "total_s": round(seconds, 6),
+        }
+        level = logging.ERROR if exchange.error else logging.INFO
+        log.log(level, "request", extra={"fields": fields}, exc_info=exchange.error)
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,46 @@
+"""The ASGI application: a literal table of routes over the collaborators that it is given. No globals, no torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from server import errors
+from server.access import AccessMiddleware
+from server.auth import Keyring
+from server.routes import deltas, generation, health, models
+from server.routes.context import Context
+
+PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
+
+ROUTES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+    (PUBLIC, "GET", "/health/live", health.live),
+    (PUBLIC, "GET", "/health/ready", health.ready),
+    (PUBLIC, "GET", "/metrics", health.metrics),
+    (INFERENCE, "POST", "/v1/chat/completions", generation.chat),
+    (INFERENCE, "POST", "/v1/completions", generation.completions),
+    (INFERENCE, "GET", "/v1/models", models.list_models),
+    (INFERENCE, "GET", "/v1/models/{model_id:path}", models.get_model),
+    (ADMIN, "POST", "/v1/admin/deltas", deltas.upload),
+    (ADMIN, "GET", "/v1/admin/deltas", deltas.list_deltas),
+    (ADMIN, "GET", "/v1/admin/deltas/{name}", deltas.get_delta),
+    (ADMIN, "DELETE", "/v1/admin/deltas/{name}", deltas.delete),
+    (ADMIN, "PUT", "/v1/admin/deltas/{name}/alias", deltas.move_alias),
+    (ADMIN, "POST", "/v1/admin/deltas/{name}/load", deltas.load),
+    (ADMIN, "POST", "/v1/admin/deltas/{name}/unload", deltas.unload),
+    (ADMIN, "GET", "/v1/admin/status", deltas.status),
+)
+
+
+def create_app(context: Context, keyring: Keyring) -> FastAPI:
+    app = FastAPI(title="Deltaworks", openapi_url=None, redirect_slashes=False)
+    app.state.context = context
+    guards = {PUBLIC: [], INFERENCE: [Depends(keyring.require_inference)], ADMIN: [Depends(keyring.require_admin)]}
+    for access, method, path, handler in ROUTES:
+        app.add_api_route(path, handler, methods=[method], dependencies=guards[access], response_model=None)
+    for kind in (*errors.TABLE, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, errors.answer)
+    app.add_middleware(AccessMiddleware, telemetry=context.telemetry)
+    return app

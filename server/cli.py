@@ -1,0 +1,70 @@
+"""The command `deltaworks`. The gateway's own commands are here; the other houses join through entry points."""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from server.config import SettingsError, load_settings
+
+GROUP = "deltaworks.commands"
+
+# flag, settings section, key, type, help
+SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
+    ("--host", "server", "host", str, "address to listen on"),
+    ("--port", "server", "port", int, "port to listen on; 0 picks a free one"),
+    ("--served-name", "server", "served_name", str, "id of the base in the API (default: the folder's name)"),
+    ("--store", "store", "path", Path, "folder of the artifact store"),
+    ("--api-key-file", "auth", "api_key_file", Path, "file of keys that may infer, one a line (default: open)"),
+    ("--admin-key-file", "auth", "admin_key_file", Path, "file of keys that may administer (default: admin closed)"),
+    ("--dtype", "engine", "dtype", str, "auto, bfloat16 or float32"),
+    ("--max-model-len", "engine", "max_model_len", int, "tokens of prompt and completion together"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="deltaworks", description="Serve many fine-tunes of one base model.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_serve(subparsers)
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
+        entry.load()(subparsers)
+    args = parser.parse_args(argv)
+    status: int = args.run(args)
+    return status
+
+
+def add_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("serve", help="serve a base model and its deltas over the OpenAI API")
+    parser.add_argument("model", nargs="?", default="default", help="model folder (default: the embedded base)")
+    parser.add_argument("--config", type=Path, help="TOML file of settings; flags and DELTAWORKS__* come before it")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force and stop")
+    for flag, _, _, kind, text in SERVE_FLAGS:
+        parser.add_argument(flag, type=kind, help=text)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    flags: dict[str, dict[str, Any]] = {}
+    for flag, section, key, _, _ in SERVE_FLAGS:
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            flags.setdefault(section, {})[key] = value
+    try:
+        settings = load_settings(args.config, os.environ, flags)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.print_config:
+        print(settings.to_toml(), end="")
+        return 0
+    from server.serve import serve
+
+    model: str = args.model
+    return serve(model, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

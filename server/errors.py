@@ -1,0 +1,124 @@
+"""The one table: error class -> (status, type, code), and the one body shape of every error on every path.
+
+GatewayError        server/core.py, and its children beside the code that raises them
+EngineError         server/engine/base.py
+DeltaError          compressors/errors.py
+HTTPException       routing's own 404 and 405, in the same shape
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from compressors import errors as delta_errors
+from server import admission, auth, core, gateway, prompt, schemas
+from server.artifacts import lifecycle, pool, registry, store
+from server.engine import base as engine
+from server.routes import body, upload
+from server.telemetry import Exchange
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How one error class is answered. `message` replaces the error's own where that could tell too much."""
+
+    status: int
+    type: str
+    code: str
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    status: int
+    code: str
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+REQUEST, STORAGE, UNAVAILABLE = "invalid_request_error", "storage_error", "service_unavailable_error"
+
+TABLE: dict[type[Exception], Mapping] = {
+    core.GatewayError: Mapping(500, "server_error", "internal_error", "internal error"),
+    core.InvalidRequest: Mapping(400, REQUEST, "invalid_value"),
+    schemas.InvalidJson: Mapping(400, REQUEST, "invalid_json"),
+    schemas.MissingParameter: Mapping(400, REQUEST, "missing_parameter"),
+    schemas.UnsupportedParameter: Mapping(400, REQUEST, "unsupported_parameter"),
+    prompt.NoChatTemplate: Mapping(400, REQUEST, "no_chat_template"),
+    gateway.ContextLengthExceeded: Mapping(400, REQUEST, "context_length_exceeded"),
+    upload.InvalidMultipart: Mapping(400, REQUEST, "invalid_multipart"),
+    lifecycle.DigestMismatch: Mapping(400, REQUEST, "digest_mismatch"),
+    registry.InvalidName: Mapping(400, REQUEST, "invalid_value"),
+    auth.MissingKey: Mapping(401, "authentication_error", "missing_api_key"),
+    auth.InvalidKey: Mapping(401, "authentication_error", "invalid_api_key"),
+    auth.AdminDisabled: Mapping(403, "permission_error", "admin_disabled"),
+    auth.InsufficientScope: Mapping(403, "permission_error", "insufficient_scope"),
+    registry.ModelNotFound: Mapping(404, "not_found_error", "model_not_found"),
+    registry.DeltaNotFound: Mapping(404, "not_found_error", "delta_not_found"),
+    registry.GenerationMismatch: Mapping(409, "conflict_error", "delta_generation_mismatch"),
+    pool.DeltaInUse: Mapping(409, "conflict_error", "delta_in_use"),
+    store.BodyTooLarge: Mapping(413, REQUEST, "body_too_large"),
+    registry.DeltaBusy: Mapping(429, "rate_limit_error", "delta_busy"),
+    body.ClientGone: Mapping(499, REQUEST, "client_gone"),
+    admission.ServerOverloaded: Mapping(503, UNAVAILABLE, "server_overloaded"),
+    gateway.NotReady: Mapping(503, UNAVAILABLE, "loading"),
+    gateway.Draining: Mapping(503, UNAVAILABLE, "draining"),
+    pool.DeltaCapacity: Mapping(503, UNAVAILABLE, "delta_capacity"),
+    store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
+    engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
+    engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),
+    engine.EngineLoadError: Mapping(500, "server_error", "delta_load_failed", "the delta could not be loaded"),
+    delta_errors.DeltaError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.ArtifactError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.FormatVersionError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.UnknownMethodError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.BaseMismatchError: Mapping(400, REQUEST, "delta_base_mismatch"),
+    delta_errors.CheckpointError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.BudgetError: Mapping(400, REQUEST, "delta_invalid"),
+}
+
+_INTERNAL = TABLE[core.GatewayError]
+_ROUTING = {
+    404: Mapping(404, "not_found_error", "route_not_found", "there is no such route"),
+    405: Mapping(405, REQUEST, "method_not_allowed", "the route does not answer to that method"),
+}
+
+
+def describe(error: Exception) -> Problem:
+    """What to answer for any error; classes that are not in the table are our bugs: 500, and no word about them."""
+    mapping = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _INTERNAL)
+    param = getattr(error, "param", None) if mapping.message is None else None
+    headers = {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(retry_after_s)
+    if mapping.status in (409, 507):  # clients retry these by default, and it would not help
+        headers["x-should-retry"] = "false"
+    if mapping.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return _problem(mapping, mapping.message or str(error)[:2000], param, headers)
+
+
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's exception handler for every class that `create_app` registers."""
+    if isinstance(error, HTTPException):
+        mapping = _ROUTING.get(error.status_code, Mapping(error.status_code, REQUEST, "http_error", str(error.detail)))
+        problem = _problem(mapping, mapping.message or "", None, dict(error.headers or {}))
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        problem = _problem(TABLE[core.InvalidRequest], first["msg"], str(first["loc"][-1]), {})
+    else:
+        problem = describe(error)
+    exchange = Exchange.of(request.scope)
+    exchange.error_code = problem.code
+    exchange.error = error if problem.status >= 500 else None
+    return JSONResponse(problem.body, problem.status, problem.headers)
+
+
+def _problem(mapping: Mapping, message: str, param: str | None, headers: dict[str, str]) -> Problem:
+    error = {"message": message, "type": mapping.type, "param": param, "code": mapping.code}
+    return Problem(mapping.status, mapping.code, {"error": error}, headers)

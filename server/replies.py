@@ -1,0 +1,195 @@
+"""TokenEvents -> OpenAI bodies and chunks, for chat and for legacy completions."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.core import Decisions, FinishReason, TokenEvent, TokenLogprob
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Choice:
+    """One choice while its events are folded."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Reply(ABC):
+    """The envelope of one answer; its two kinds know how a choice looks."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, request_id: str, model: str, decisions: Decisions, with_logprobs: bool) -> None:
+        self._id = f"{self.id_prefix}-{request_id}"
+        self._model = model
+        self._created = int(time.time())
+        self._decisions = decisions
+        self._with_logprobs = with_logprobs
+        self._begun: set[int] = set()
+        self._text_length: dict[int, int] = {}
+
+    @abstractmethod
+    def choice(self, index: int, choice: Choice) -> Json:
+        """A finished choice of a body that is not streamed."""
+
+    @abstractmethod
+    def deltas(self, event: TokenEvent) -> Iterator[Json]:
+        """The chunk choices that one event turns into."""
+
+    async def body(self, events: AsyncIterator[TokenEvent]) -> Json:
+        """Fold all events into the body of an answer that is not streamed."""
+        choices: dict[int, Choice] = {}
+        async for event in events:
+            choice = choices.setdefault(event.index, Choice())
+            choice.text += event.text
+            choice.logprobs += event.logprobs or ()
+            choice.finish_reason = event.finish_reason or choice.finish_reason
+        return {
+            **self._envelope(self.object),
+            "choices": [self.choice(index, choices[index]) for index in sorted(choices)],
+            "usage": self._usage(),
+            "gateway": self._gateway(),
+        }
+
+    async def chunks(self, events: AsyncIterator[TokenEvent], include_usage: bool) -> AsyncGenerator[Json, None]:
+        """The chunks of a stream; the last one carries `gateway`, and the usage when it was asked for."""
+        last: Json | None = None
+        async for event in events:
+            for choice in self.deltas(event):
+                if last is not None:
+                    yield last
+                last = {**self._envelope(self.chunk_object), "choices": [choice]}
+                if include_usage:
+                    last["usage"] = None
+                if not choice["finish_reason"]:  # nothing can be known to be last before a choice is finished
+                    yield last
+                    last = None
+        if last is not None and include_usage:
+            yield last
+            last = {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
+        if last is not None:
+            yield {**last, "gateway": self._gateway()}
+
+    def _envelope(self, kind: str) -> Json:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": self._decisions.system_fingerprint,
+        }
+
+    def _usage(self) -> Json:
+        usage = self._decisions.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        }
+
+    def _gateway(self) -> Json:
+        made = self._decisions
+        return {
+            "delta": made.delta if made.delta_digest else None,
+            "delta_digest": made.delta_digest,
+            "timings": {
+                "delta_wait_s": _rounded(made.delta_wait_s),
+                "ttft_s": _rounded(made.ttft_s),
+                "total_s": _rounded(made.total_s),
+            },
+        }
+
+
+class ChatReply(Reply):
+    id_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, choice: Choice) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def deltas(self, event: TokenEvent) -> Iterator[Json]:
+        if event.index not in self._begun:
+            self._begun.add(event.index)
+            yield self._delta(event.index, {"role": "assistant", "content": ""})
+        if event.text or event.logprobs:
+            yield {
+                **self._delta(event.index, {"content": event.text}),
+                "logprobs": self._logprobs(event.logprobs or ()),
+            }
+        if event.finish_reason is not None:
+            yield {**self._delta(event.index, {}), "finish_reason": event.finish_reason}
+
+    def _delta(self, index: int, delta: Json) -> Json:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        content = [{**_token(token), "top_logprobs": [_token(other) for other in token.top]} for token in tokens]
+        return {"content": content}
+
+
+class CompletionReply(Reply):
+    id_prefix = "cmpl"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, index: int, choice: Choice) -> Json:
+        return {
+            "index": index,
+            "text": choice.text,
+            "logprobs": self._logprobs(choice.logprobs, 0),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def deltas(self, event: TokenEvent) -> Iterator[Json]:
+        if event.text or event.logprobs or event.finish_reason is not None:
+            offset = self._text_length.get(event.index, 0)
+            self._text_length[event.index] = offset + len(event.text)
+            yield {
+                "index": event.index,
+                "text": event.text,
+                "logprobs": self._logprobs(event.logprobs or (), offset),
+                "finish_reason": event.finish_reason,
+            }
+
+    def _logprobs(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_finite(token) for token in tokens],
+            "top_logprobs": [{other.text: _finite(other) for other in token.top} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _token(token: TokenLogprob) -> Json:
+    return {"token": token.text, "logprob": _finite(token), "bytes": list(token.text.encode())}
+
+
+def _finite(token: TokenLogprob) -> float:
+    return max(token.logprob, -9999.0)  # JSON has no -inf; the value is vLLM's
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -1,0 +1,63 @@
+"""Reading from a client that may send too much, or go away."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.artifacts.store import BodyTooLarge
+from server.core import GatewayError, InvalidRequest
+
+Result = TypeVar("Result")
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class ClientGone(GatewayError):
+    """The client closed the connection; nobody reads the answer."""
+
+
+def check_length(request: Request, max_bytes: int) -> None:
+    """Refuse by the announced length, before reading. Raises BodyTooLarge, InvalidRequest."""
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal():
+        raise InvalidRequest("content-length is not a number")
+    if int(announced) > max_bytes:
+        raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge, ClientGone."""
+    check_length(request, max_bytes)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+    except ClientDisconnect as error:
+        raise ClientGone("the client went away while sending") from error
+    return bytes(body)
+
+
+async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+    """Await `work`, but cancel it as soon as the client disconnects. Call it after the body is read.
+
+    Raises ClientGone, and whatever `work` raises.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client went away")
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

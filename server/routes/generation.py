@@ -1,0 +1,87 @@
+"""POST /v1/chat/completions and /v1/completions: one path, streamed or folded."""
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from server import sse
+from server.core import GenerationRequest, TokenEvent
+from server.replies import ChatReply, CompletionReply, Reply
+from server.routes.body import ClientGone, read_body, until_gone
+from server.routes.context import Context, Ctx
+from server.schemas import ChatRequest, CompletionRequest, SamplingFields, parse
+from server.telemetry import Exchange
+
+
+async def chat(request: Request, context: Ctx) -> Response:
+    body = parse(ChatRequest, await read_body(request, context.limits.max_body_bytes))
+    generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
+    decisions = Exchange.of(request.scope).decisions
+    reply = ChatReply(generation.request_id, body.model, decisions, generation.sampling.logprobs is not None)
+    return await _answer(request, context, body, generation, reply)
+
+
+async def completions(request: Request, context: Ctx) -> Response:
+    body = parse(CompletionRequest, await read_body(request, context.limits.max_body_bytes))
+    generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
+    decisions = Exchange.of(request.scope).decisions
+    reply = CompletionReply(generation.request_id, body.model, decisions, generation.sampling.logprobs is not None)
+    return await _answer(request, context, body, generation, reply)
+
+
+async def _answer(
+    request: Request, context: Context, body: SamplingFields, generation: GenerationRequest, reply: Reply
+) -> Response:
+    """The first event is awaited before anything is sent: what fails until then fails with a true status."""
+    exchange = Exchange.of(request.scope)
+    exchange.stream = bool(body.stream)
+    events = context.gateway.generate(generation, exchange.decisions)
+    first = await until_gone(request.receive, anext(events))
+    if body.stream:
+        return EventStream(first, events, reply, body.include_usage, exchange)
+    async with aclosing(events):
+        return JSONResponse(await until_gone(request.receive, reply.body(_chain(first, events))))
+
+
+class EventStream(Response):
+    """An SSE response that ends the generation as soon as the client is gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        first: TokenEvent,
+        rest: AsyncGenerator[TokenEvent, None],
+        reply: Reply,
+        include_usage: bool,
+        exchange: Exchange,
+    ) -> None:
+        # x-accel-buffering: nginx would otherwise hold the tokens back.
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._rest = rest
+        self._exchange = exchange
+        self._frames = sse.stream(reply, _chain(first, rest), include_usage, exchange)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest), aclosing(self._frames):
+            try:
+                await until_gone(receive, self._send(send))
+            except ClientGone:
+                self._exchange.failed_status, self._exchange.error_code = 499, "client_gone"
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for frame in self._frames:
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _chain(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
+    yield first
+    async for event in rest:
+        yield event

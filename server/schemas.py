@@ -1,0 +1,252 @@
+"""The OpenAI wire models: a JSON body -> a checked request -> GenerationRequest.
+
+Strict about types (no "5" for 5, no true for 1), tolerant of fields that OpenAI may add: those are ignored. Known ones
+that would change the answer and that we do not do are refused rather than ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from server.core import (
+    ChatPrompt,
+    GatewayError,
+    GenerationRequest,
+    InvalidRequest,
+    Message,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+MAX_LOGPROBS = 20
+_INT64 = 1 << 63
+
+
+class InvalidJson(GatewayError):
+    """The body is not JSON."""
+
+
+class MissingParameter(GatewayError):
+    """A required field is absent."""
+
+
+class UnsupportedParameter(GatewayError):
+    """A known field asks for something that this gateway does not do."""
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class OwnModel(WireModel):
+    """Objects that are ours, not OpenAI's: an unknown key is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(model: type[Body], body: bytes) -> Body:
+    """Raises InvalidJson, MissingParameter, UnsupportedParameter, InvalidRequest."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False, include_input=False)) from None
+
+
+def check(model: type[Body], fields: Mapping[str, str]) -> Body:
+    """Form and query fields, whose values are text. Raises as `parse`."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False, include_input=False)) from None
+
+
+def _explain(details: list[ErrorDetails]) -> GatewayError:
+    first = details[0]
+    if first["type"] == "json_invalid":
+        return InvalidJson(f"the body is not valid JSON: {first['ctx']['error']}")
+    param = str(first["loc"][0]) if first["loc"] else None
+    problems = "; ".join(f"{'.'.join(map(str, d['loc'])) or 'body'}: {d['msg']}"[:300] for d in details[:5])
+    if first["type"] == "missing":
+        return MissingParameter(problems, param=param)
+    if first["type"] == "unsupported":
+        return UnsupportedParameter(first["msg"], param=first["ctx"]["param"])
+    return InvalidRequest(problems, param=param)
+
+
+def _unsupported(param: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{param} is not supported", {"param": param})
+
+
+class StreamOptions(WireModel):
+    include_usage: bool | None = None
+
+
+class SamplingFields(WireModel):
+    """What both generation endpoints share. null means the default everywhere, as OpenAI clients expect."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
+        | None
+    ) = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_we_do_not_do(self) -> Self:
+        if self.logit_bias:
+            raise _unsupported("logit_bias")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def _request(
+        self, request_id: str, prompts: tuple[Prompt, ...], limit: int | None, logprobs: int | None, default_limit: int
+    ) -> GenerationRequest:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        sampling = Sampling(
+            max_tokens=limit or default_limit,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            seed=self.seed,
+            stop=stop,
+            logprobs=logprobs,
+            n=self.n or 1,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+        )
+        return GenerationRequest(request_id, self.model, prompts, sampling, limit is None, self.cache_salt)
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(WireModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def to_message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        # OpenAI's newer name for the same thing; chat templates only know the older one.
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class ResponseFormat(WireModel):
+    type: str
+
+
+class ChatRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        for field in ("tools", "functions"):
+            if getattr(self, field):
+                raise _unsupported(field)
+        if self.response_format is not None and self.response_format.type != "text":
+            raise _unsupported("response_format")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        return self
+
+    def to_request(self, request_id: str, default_max_tokens: int) -> GenerationRequest:
+        prompt = ChatPrompt(tuple(message.to_message() for message in self.messages))
+        limit = self.max_completion_tokens or self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._request(request_id, (prompt,), limit, logprobs, default_max_tokens)
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        for field in ("echo", "suffix"):
+            if getattr(self, field):
+                raise _unsupported(field)
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _unsupported("best_of")
+        return self
+
+    def prompts(self) -> tuple[Prompt, ...]:
+        if isinstance(self.prompt, str):
+            return (TextPrompt(self.prompt),)
+        if isinstance(self.prompt[0], int):
+            return (TokenPrompt(tuple(token for token in self.prompt if isinstance(token, int))),)
+        return tuple(
+            TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))
+            for one in self.prompt
+            if not isinstance(one, int)
+        )
+
+    def to_request(self, request_id: str, default_max_tokens: int) -> GenerationRequest:
+        return self._request(request_id, self.prompts(), self.max_tokens, self.logprobs, default_max_tokens)
+
+
+class AliasMove(OwnModel):
+    """Body of PUT /v1/admin/deltas/{name}/alias."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    expected_generation: Annotated[int, Field(ge=0)]
+
+
+class UploadFields(OwnModel):
+    """What an upload says about its file, as form parts or as query; text values, so they are read leniently."""
+
+    model_config = ConfigDict(strict=False)
+
+    name: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    expected_generation: Annotated[int, Field(ge=0)] | None = None
+    activate: bool = True

@@ -1,0 +1,123 @@
+"""`deltaworks serve`: from settings to a listening server, and back down.
+
+Order of the start, cheap checks first: port, store, model folder, tokenizer; then HTTP is up (live, not ready) while the
+engine loads.
+"""
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from compressors.base import resolve_base
+from compressors.errors import DeltaError
+from compressors.fingerprint import fingerprint, stored_tensors
+from compressors.verify import Report, verify
+from server.artifacts.store import Store, StoreError
+from server.config import ServerSettings, Settings
+from server.engine.base import EngineError
+from server.gateway import Gateway
+from server.prompt import HuggingFaceTokenizer, TokenizerError
+from server.telemetry import log_json
+from server.wiring import Base, wire
+
+
+class PortError(Exception):
+    """The address cannot be listened on."""
+
+
+def serve(model: str, settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
+    log_json()
+    store = Store(settings.store.path)
+    try:
+        with _listening(settings.server) as listener, contextlib.closing(store):
+            store.open()
+            app, gateway = _build(resolve_base(model), settings, store)
+            return asyncio.run(_run(app, gateway, listener, settings.server))
+    except (PortError, StoreError, DeltaError, TokenizerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
+    """The socket, taken before anything slow starts. Raises PortError."""
+    try:
+        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortError(f"port {settings.port} on {settings.host} is in use; choose another with --port") from error
+        raise PortError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+    with listener:
+        yield listener
+
+
+def _build(folder: Path, settings: Settings, store: Store) -> tuple[FastAPI, Gateway]:
+    tokenizer = HuggingFaceTokenizer(folder)
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    base = Base(settings.server.served_name or folder.resolve().name, fingerprint(folder))
+
+    def verify_for_base(path: Path) -> Report:
+        return verify(path, base_fingerprint=base.fingerprint, base_shapes=shapes)
+
+    from server.engine.vllm import VLLMEngine
+
+    return wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, verify_for_base)
+
+
+class _Server(uvicorn.Server):
+    """Turns not-ready with the first signal, while running requests finish."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._gateway.drain()
+        super().handle_exit(sig, frame)
+
+
+async def _run(app: FastAPI, gateway: Gateway, listener: socket.socket, settings: ServerSettings) -> int:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=settings.shutdown_timeout_s,
+    )
+    server = _Server(config, gateway)
+    host, port = listener.getsockname()[:2]
+    print(f"listening on http://{host}:{port}, the model is loading", flush=True)
+    # uvicorn raises a caught signal again when it has stopped; the engine has to be stopped after that.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(gateway.start())
+    status = 0
+    try:
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done() and starting.exception() is None:
+            print(f"ready: http://{host}:{port}/v1", flush=True)
+            await serving
+        try:
+            await starting  # a half-built engine can only be stopped once it is built
+        except EngineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+    finally:
+        server.should_exit = True
+        await serving
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        await gateway.stop()
+    return status
