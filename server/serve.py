@@ -36,7 +36,6 @@ class PortError(Exception):
 
 def serve(model: str, settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
-    log_json()
     store = Store(settings.store.path)
     try:
         with _listening(settings.server) as listener, contextlib.closing(store):
@@ -87,6 +86,7 @@ class _Server(uvicorn.Server):
 
 
 async def _run(app: FastAPI, gateway: Gateway, listener: socket.socket, settings: ServerSettings) -> int:
+    log_json()
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -164,10 +164,11 @@ class Registry:
                 new = old.model_copy(update={"versions": (*old.versions, version)})
             if activate:
                 new = new.pointing_to(version.digest)
-            if created and not self._users(version.digest):
-                await asyncio.to_thread(self._store.publish, incoming)
             try:
-                await self._write(new)
+                if created and not self._users(version.digest):
+                    await asyncio.to_thread(self._store.publish, incoming)
+                if new != old:
+                    await self._write(new)
             finally:
                 if not self._users(version.digest):
                     await asyncio.to_thread(self._store.delete_object, version.digest)
@@ -202,6 +203,7 @@ class Registry:
                 await asyncio.to_thread(self._store.delete_ref, KIND, name)
                 gone = True
                 del self._retiring[name]
+                await asyncio.to_thread(self._store.sync_refs, KIND)
                 for version in ref.versions:
                     if not self._users(version.digest):
                         await asyncio.to_thread(self._store.delete_object, version.digest)
@@ -223,4 +225,5 @@ class Registry:
     async def _write(self, ref: Ref) -> None:
         content = ref.model_dump_json(indent=2).encode()
         await asyncio.to_thread(self._store.write_ref, KIND, ref.name, content)
-        self._refs[ref.name] = ref
+        self._refs[ref.name] = ref  # before the sync: should that fail, memory still says what the folder says
+        await asyncio.to_thread(self._store.sync_refs, KIND)

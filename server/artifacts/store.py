@@ -153,7 +153,7 @@ class Store:
         return {path.stem: self._files.cat_file(str(path)) for path in sorted(paths) if path.suffix == ".json"}
 
     def write_ref(self, kind: str, name: str, content: bytes) -> None:
-        """Replace a ref in one step. Blocking. Raises InsufficientStorage."""
+        """Replace a ref in one step; visible now, durable after `sync_refs`. Blocking. Raises InsufficientStorage."""
         target = self.root / "refs" / kind / f"{name}.json"
         temporary = target.with_suffix(".tmp")
         try:
@@ -164,11 +164,13 @@ class Store:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(target.parent)
 
     def delete_ref(self, kind: str, name: str) -> None:
         (self.root / "refs" / kind / f"{name}.json").unlink(missing_ok=True)
-        _sync_folder(self.root / "refs" / kind)
+
+    def sync_refs(self, kind: str) -> None:
+        with no_space_named():
+            _sync_folder(self.root / "refs" / kind)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class FakeEngine:
         self.calls: list[tuple[list[int], Sampling, EngineDelta | None, str | None]] = []
         self.loads: list[str] = []
         self.unloads: list[str] = []
-        self.load_gate: asyncio.Event | None = None
+        self.hold_loads = False
 
     async def start(self) -> None:
         pass
@@ -70,8 +71,8 @@ class FakeEngine:
 
     async def load(self, delta: EngineDelta) -> int:
         self.loads.append(delta.digest)
-        if self.load_gate is not None:
-            await self.load_gate.wait()
+        while self.hold_loads:
+            await asyncio.sleep(0.005)
         if b"unloadable" in Path(delta.path).read_bytes():
             raise EngineLoadError("the fake engine cannot load this")
         return 1000
@@ -188,18 +189,43 @@ async def admin(house: House) -> AsyncGenerator[httpx.AsyncClient, None]:
         yield client
 
 
+@dataclass
+class Live:
+    """A house behind a real uvicorn on loopback, in a thread with its own event loop."""
+
+    house: House
+    url: str
+
+    def wait_idle(self, seconds: float = 5) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.house.idle() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.house.idle()
+
+    def wait_running(self, rows: int = 1) -> None:
+        deadline = time.monotonic() + 5
+        while len(self.house.engine.running) < rows:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 @pytest.fixture
-def live(house: House) -> Iterator[str]:
-    """The house behind a real uvicorn on loopback; yields its URL."""
-    config = uvicorn.Config(house.app, host="127.0.0.1", port=0, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+def live(build: Callable[..., House]) -> Iterator[Live]:
+    house = build()
+    server = uvicorn.Server(uvicorn.Config(house.app, host="127.0.0.1", port=0, log_config=None, lifespan="off"))
+
+    async def run() -> None:
+        await house.gateway.start()
+        await server.serve()
+        await house.gateway.stop()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     while not server.started:
         assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
+        time.sleep(0.001)
+    yield Live(house, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+    server.should_exit = server.force_exit = True
     thread.join(timeout=10)
     assert not thread.is_alive()
 
