@@ -47,6 +47,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 
 Array = npt.NDArray[Any]
+Kind = Literal["zero", "impart", "lowrank", "raw", "rows"]
 
 
 class _Strict(BaseModel):
@@ -56,7 +57,7 @@ class _Strict(BaseModel):
 class Record(_Strict):
     """How one parameter is stored. `shape` is the fine-tune's; `sha256` maps each array to the digest of its bytes."""
 
-    kind: Literal["zero", "impart", "lowrank", "raw", "rows"]
+    kind: Kind
     shape: tuple[int, ...]
     rank: int = 0
     tied_to: str | None = None

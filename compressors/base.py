@@ -84,7 +84,8 @@ def _packaged_gguf() -> tuple[str, Path]:
         distribution = importlib.metadata.distribution(_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise CheckpointError(
-            f"the default base comes with the package {_PACKAGE}, which is not installed; install deltaworks[cpu] or name a model folder"
+            f"the default base comes with the package {_PACKAGE}, which is not installed; "
+            "install deltaworks[cpu] or name a model folder"
         ) from error
     for file in distribution.files or []:
         if file.suffix == ".gguf":

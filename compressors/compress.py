@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compressors.artifact import Array, Manifest, Ratios, Record, TokenizerInfo
+from compressors.artifact import Array, Kind, Manifest, Ratios, Record, TokenizerInfo
 from compressors.errors import CheckpointError
 from compressors.fingerprint import fingerprint
 from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
@@ -168,7 +168,7 @@ class _Job:
     def _store(
         self,
         name: str,
-        kind: str,
+        kind: Kind,
         shape: tuple[int, ...],
         arrays: dict[str, Array],
         rank: int = 0,

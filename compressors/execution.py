@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +43,8 @@ class SparseFactor:
     coef: npt.NDArray[np.float32]  # [r]
     v_start: npt.NDArray[np.int64]  # [r + 1]
     u_start: npt.NDArray[np.int64]  # [r + 1]
-    v_entries: npt.NDArray[np.void] | npt.NDArray[np.uint32]
-    u_entries: npt.NDArray[np.void] | npt.NDArray[np.uint32]
+    v_entries: npt.NDArray[Any]
+    u_entries: npt.NDArray[Any]
 
     @property
     def rank(self) -> int:

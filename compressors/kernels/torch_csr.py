@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +70,7 @@ class TorchCsr:
 
 
 def _entries(
-    entries: npt.NDArray[np.void] | npt.NDArray[np.uint32],
+    entries: npt.NDArray[Any],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     if entries.dtype == np.uint32:
         words = entries.astype(np.uint32)
@@ -79,10 +81,12 @@ def _entries(
 def _csr_tensor(
     start: npt.NDArray[np.int64], column: npt.NDArray[np.int64], values: npt.NDArray[np.float32], shape: tuple[int, int]
 ) -> torch.Tensor:
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(start.astype(np.int32)),
-        torch.from_numpy(column.astype(np.int32)),
-        torch.from_numpy(np.ascontiguousarray(values)),
-        size=shape,
-        check_invariants=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(start.astype(np.int32)),
+            torch.from_numpy(column.astype(np.int32)),
+            torch.from_numpy(np.ascontiguousarray(values)),
+            size=shape,
+            check_invariants=False,
+        )

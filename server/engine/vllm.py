@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,9 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Load the base model. Raises EngineError when the model or the installed vLLM does not fit."""
-        self._llm = await asyncio.to_thread(self._build)
-        statuses = await self._llm.collective_rpc("deltaworks_status")
+        llm: Any = await asyncio.to_thread(self._build)
+        self._llm = llm
+        statuses = await llm.collective_rpc("deltaworks_status")
         if any(status["manager"] != "DeltaManager" for status in statuses):
             raise EngineError(
                 "the Deltaworks plugin is not active inside vLLM; is the distribution installed, and does VLLM_PLUGINS name it?"
@@ -71,7 +72,7 @@ class VLLMEngine:
         sampling: Sampling,
         delta: EngineDelta | None,
         cache_salt: str | None,
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         """New tokens of every choice as they come. Closing the iterator aborts the rows."""
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from compressors.kernels.native import NativeSparse
-from compressors.kernels.torch_csr import TorchCsr
+from compressors.execution import SparseFactor
 from server.engine.worker.plan import StepPlan
 
-Kernel = NativeSparse | TorchCsr
+
+class Kernel(Protocol):
+    """A product form: `native-sparse` in C++ or `torch-csr`. What `prepare` and `group` return is its own affair."""
+
+    name: str
+
+    def prepare(self, factors: Sequence[SparseFactor]) -> Any:
+        """Execution form of all parts of one linear for one delta."""
+        ...
+
+    def nbytes(self, prepared: Any) -> int: ...
+
+    def group(self, parts: Sequence[tuple[Any, npt.NDArray[np.int64]]]) -> Any:
+        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta."""
+        ...
+
+    def apply(self, y: torch.Tensor, x: torch.Tensor, groups: Any) -> None:
+        """y [T, out] += the deltas of x [T, in], in place, for the rows of each group."""
+        ...
 
 
 @dataclass
@@ -111,7 +130,7 @@ def _add_delta_fake(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
 @functools.cache
 def op_library() -> torch.library.Library:
     """Defines `deltaworks::add_delta`. An op belongs to the process, so the library lives as long as it does."""
-    library = torch.library.Library("deltaworks", "FRAGMENT")
+    library = torch.library.Library("deltaworks", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     direct_register_custom_op(
         op_name="add_delta",
         op_func=_add_delta,

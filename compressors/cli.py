@@ -1,0 +1,152 @@
+"""`deltaworks delta compress | inspect | verify | decompress`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from compressors.errors import DeltaError
+
+_EXAMPLES = """examples:
+  deltaworks delta compress default runs/json/model -o json.safetensors
+  deltaworks delta compress /models/llama-3-8b /models/my-tune -o tune.safetensors --ratio 16 --value-dtype fp16
+  deltaworks delta inspect json.safetensors
+  deltaworks delta verify json.safetensors --base default
+  deltaworks delta decompress json.safetensors --base default -o merged/
+
+BASE is a local Hugging Face model folder, or the word `default` for the embedded SmolLM2-135M-Instruct."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Join `delta` to the command line."""
+    delta = subparsers.add_parser(
+        "delta",
+        help="compress a fine-tune into a delta, and look at, check or undo one",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = delta.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_compress(actions)
+    inspect = actions.add_parser("inspect", help="print what a delta holds and its three compression ratios")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_reporting(_inspect))
+    check = actions.add_parser("verify", help="check a delta's structure, digests and values, and that it fits a base")
+    check.add_argument("file", type=Path)
+    check.add_argument("--base", help="model folder, or `default`: also check that the delta belongs to it")
+    check.set_defaults(run=_reporting(_verify))
+    undo = actions.add_parser("decompress", help="write base + delta as an ordinary model folder")
+    undo.add_argument("file", type=Path)
+    undo.add_argument("--base", required=True, help="model folder, or `default`")
+    undo.add_argument("-o", "--out", type=Path, required=True, help="folder to create")
+    undo.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        default="bf16",
+        help="of the written weights (default: %(default)s)",
+    )
+    undo.set_defaults(run=_reporting(_decompress))
+
+
+def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compress = actions.add_parser("compress", help="compress FINE_TUNE - BASE into one delta file")
+    compress.add_argument("base", metavar="BASE", help="model folder, or `default`")
+    compress.add_argument("fine_tune", metavar="FINE_TUNE", type=Path, help="model folder of the full fine-tune")
+    compress.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
+    compress.add_argument(
+        "--ratio", type=float, default=32.0, help="dense values per surviving value (default: %(default)g)"
+    )
+    compress.add_argument(
+        "--beta", type=float, default=0.6, help="share of singular triples pruned first (default: %(default)g)"
+    )
+    compress.add_argument(
+        "--c",
+        type=float,
+        default=1.0,
+        help="how strongly small singular values are dropped; 0 is rank truncation (default: %(default)g)",
+    )
+    compress.add_argument(
+        "--rule",
+        choices=["exact", "attention", "mlp"],
+        default="exact",
+        help="budget rule; the last two are the released code's (default: %(default)s)",
+    )
+    compress.add_argument(
+        "--value-dtype", choices=["int8", "fp16", "bf16"], default="int8", help="(default: %(default)s)"
+    )
+    compress.add_argument("--rescale", choices=["exact", "released"], default="exact", help="(default: %(default)s)")
+    compress.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    compress.add_argument("--method", choices=["impart"], default="impart", help="(default: %(default)s)")
+    compress.add_argument("--name", help="the base's name in the manifest, for people (default: the folder's)")
+    compress.set_defaults(run=_reporting(_compress))
+
+
+def _reporting(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return action(args)
+        except (DeltaError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from compressors.artifact import Artifact
+    from compressors.base import resolve_base
+    from compressors.impart import ImPartConfig
+    from compressors.inspect import summary, text
+    from compressors.methods import METHODS
+
+    config = ImPartConfig(
+        ratio=args.ratio,
+        beta=args.beta,
+        c=args.c,
+        rule=args.rule,
+        value_dtype=args.value_dtype,
+        rescale=args.rescale,
+        seed=args.seed,
+    )
+    METHODS[args.method](resolve_base(args.base), args.fine_tune, args.out, config, args.name, True)
+    with Artifact.open(args.out) as artifact:
+        print(text(summary(artifact)))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from compressors.artifact import Artifact
+    from compressors.inspect import summary, text
+
+    with Artifact.open(args.file) as artifact:
+        found = summary(artifact)
+    print(json.dumps(found, indent=2) if args.json else text(found))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from compressors.base import resolve_base
+    from compressors.fingerprint import fingerprint, stored_tensors
+    from compressors.verify import verify
+
+    if args.base is None:
+        report = verify(args.file)
+    else:
+        base = resolve_base(args.base)
+        report = verify(
+            args.file, fingerprint(base), {name: tensor.shape for name, tensor in stored_tensors(base).items()}
+        )
+    print(f"ok: {', '.join(report.checks)}\nsha256 {report.digest}  {report.nbytes:,} bytes")
+    return 0
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    from compressors.base import resolve_base
+    from compressors.decompress import decompress
+
+    decompress(args.file, resolve_base(args.base), args.out, args.dtype, progress=True)
+    print(f"wrote {args.out}")
+    return 0

@@ -1,0 +1,86 @@
+"""What a delta file holds, as text for people and as JSON for programs; every figure is counted from the file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressors.artifact import Artifact
+from compressors.ratios import recount
+
+
+@dataclass
+class Kind:
+    """All records of one kind of parameter, such as `mlp.up_proj impart`."""
+
+    count: int = 0
+    nbytes: int = 0
+    values: int = 0  # dense
+    kept: int = 0
+    ranks: list[int] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """Manifest fields, the three ratios recounted, and a row per kind of parameter."""
+    kinds: dict[str, Kind] = defaultdict(Kind)
+    for name, record in artifact.records.items():
+        kind = kinds[f"{'.'.join(name.split('.')[-3:-1])} {record.kind}"]
+        kind.count += 1
+        count = 1
+        for extent in record.shape:
+            count *= extent
+        kind.values += count
+        kind.nbytes += sum(artifact.array(f"{name}::{key}").nbytes for key in record.sha256)
+        if record.kind == "impart":
+            kept = artifact.array(f"{name}::u_vals").size + artifact.array(f"{name}::v_vals").size
+            kind.ranks.append(record.rank)
+            kind.densities.append(kept / (record.rank * sum(record.shape)))
+    tally = recount(artifact)
+    size = artifact.path.stat().st_size
+    manifest = artifact.manifest.model_dump(exclude={"tensors", "ratios"})
+    ratios = {
+        "values": tally.values_ratio,
+        "projection_bytes": tally.bytes_ratio,
+        "whole_file": round(tally.dense_bytes / size, 2),
+    }
+    return {"file": artifact.path.name, "bytes": size, **manifest, "ratios": ratios, "kinds": _rows(kinds)}
+
+
+def _rows(kinds: dict[str, Kind]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": name,
+            "tensors": kind.count,
+            "bytes": kind.nbytes,
+            "dense_values": kind.values,
+            "rank": [min(kind.ranks), max(kind.ranks)] if kind.ranks else None,
+            "density": round(sum(kind.densities) / len(kind.densities), 3) if kind.densities else None,
+        }
+        for name, kind in sorted(kinds.items())
+    ]
+
+
+def text(found: dict[str, Any]) -> str:
+    """The summary as a page."""
+    ratios = found["ratios"]
+    lines = [
+        f"{found['file']}: {found['bytes']:,} bytes, method {found['method']}, {found['architecture']}",
+        f"base       {found['base_name']}  {found['base_fingerprint']}",
+        f"settings   ratio {found['ratio']:g}, beta {found['beta']:g}, c {found['c']:g}, rule {found['rule']}, "
+        f"values {found['value_dtype']}, masks {found['mask']} (seed {found['seed']})",
+        f"ratios     {_x(ratios['values'])} by surviving values, {_x(ratios['projection_bytes'])} by bytes of the projections, "
+        f"{_x(ratios['whole_file'])} whole file against the dense fine-tune",
+        "",
+        f"{'parameters':34} {'tensors':>7} {'bytes':>12} {'rank':>11} {'density':>8}",
+    ]
+    for row in found["kinds"]:
+        rank = "-".join(str(r) for r in dict.fromkeys(row["rank"])) if row["rank"] else ""
+        density = "" if row["density"] is None else f"{row['density']:.3f}"
+        lines.append(f"{row['kind']:34} {row['tensors']:>7} {row['bytes']:>12,} {rank:>11} {density:>8}")
+    return "\n".join(lines)
+
+
+def _x(ratio: float | None) -> str:
+    return "none" if ratio is None else f"{ratio:g}x"

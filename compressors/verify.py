@@ -1,0 +1,183 @@
+"""Everything that is checked before a delta file is trusted; the CLI and the gateway's upload run the same function. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compressors.artifact import Array, Artifact, Manifest, Record
+from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
+from compressors.layout import projection_parts, stored_name
+
+KNOWN_METHODS = ("impart",)
+_ARRAYS = {
+    "zero": (),
+    "impart": ("coef", "keep_u", "keep_v", "u_vals", "v_vals"),
+    "lowrank": ("a", "b"),
+    "raw": ("delta",),
+    "rows": ("row_idx", "row_delta"),
+}
+_VALUE_SLOTS = {"fp16": "F16", "bf16": "BF16", "int8": "I8"}
+_FLOAT_SLOTS = ("F32", "F16", "BF16")
+_EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verified file is: its sha256, size, manifest, and the checks that it passed."""
+
+    digest: str
+    nbytes: int
+    manifest: Manifest
+    checks: tuple[str, ...]
+
+
+def verify(
+    path: Path,
+    base_fingerprint: str | None = None,
+    base_shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Report:
+    """Check a delta file: structure, method, base, shapes, arrays against records, digests, finite values.
+
+    `base_fingerprint` and `base_shapes` (name -> shape) describe the base that shall serve it; None skips those checks.
+    Raises ArtifactError, FormatVersionError, UnknownMethodError or BaseMismatchError, naming the tensor.
+    """
+    with Artifact.open(path) as artifact:
+        manifest = artifact.manifest
+        checks = ["structure"]
+        if manifest.method not in KNOWN_METHODS:
+            raise UnknownMethodError(
+                f"method {manifest.method!r} is unknown; this version knows {', '.join(KNOWN_METHODS)}"
+            )
+        _check_settings(manifest)
+        checks.append("method")
+        if base_fingerprint is not None:
+            _check_base(manifest, base_fingerprint)
+            checks.append("base")
+        if base_shapes is not None:
+            _check_shapes(artifact.records, base_shapes)
+            checks.append("shapes")
+        _check_keys(artifact)
+        for name, record in artifact.records.items():
+            _check_record(artifact, name, record)
+        checks += ["records", "digests", "finite"]
+    return Report(_file_sha256(path), path.stat().st_size, manifest, tuple(checks))
+
+
+def _check_settings(manifest: Manifest) -> None:
+    if manifest.mask != "seeded":
+        raise ArtifactError(f"mask {manifest.mask!r} is unknown; this version reads seeded masks")
+    if not 0 <= manifest.seed < 1 << 64:
+        raise ArtifactError(f"seed {manifest.seed} is outside [0, 2^64)")
+    if manifest.value_dtype not in _VALUE_SLOTS:
+        raise ArtifactError(f"value_dtype {manifest.value_dtype!r} is unknown; one of {', '.join(_VALUE_SLOTS)}")
+
+
+def _check_base(manifest: Manifest, base_fingerprint: str) -> None:
+    if manifest.base_fingerprint != base_fingerprint:
+        raise BaseMismatchError(
+            f"the delta belongs to the base {manifest.base_name!r} ({manifest.base_fingerprint[:19]}…), "
+            f"but the base here is {base_fingerprint[:19]}…: same names and shapes are not enough, the weights differ"
+        )
+
+
+def _check_shapes(records: Mapping[str, Record], base_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, record in records.items():
+        stored = stored_name(name)
+        if record.tied_to is not None:
+            continue
+        if stored not in base_shapes:
+            raise BaseMismatchError(f"the delta has {stored}, which the base lacks")
+        shape = base_shapes[stored]
+        if record.kind == "rows":
+            fits = record.shape[1:] == shape[1:] and record.shape[0] >= shape[0]
+        else:
+            parts = {part.name: part.shape for part in projection_parts(stored, shape, {})}
+            fits = record.shape in (shape, shape[::-1]) or "#" in name or record.shape == parts.get(name)
+        if not fits:
+            raise BaseMismatchError(f"{name} has shape {list(record.shape)}, but {list(shape)} in the base")
+    missing = set(base_shapes) - {stored_name(name) for name in records} - {"lm_head.weight"}
+    missing = {name for name in missing if not name.endswith(("inv_freq", ".attn.bias", ".attn.masked_bias"))}
+    if missing:
+        raise ArtifactError(f"the delta has no record of {min(missing)} ({len(missing)} tensors missing)")
+
+
+def _check_keys(artifact: Artifact) -> None:
+    expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _ARRAYS[record.kind]}
+    missing, extra = expected - set(artifact.slots), set(artifact.slots) - expected
+    if missing:
+        raise ArtifactError(f"the array {min(missing)} is missing ({len(missing)} arrays)")
+    if extra:
+        raise ArtifactError(f"the array {min(extra)} belongs to no record ({len(extra)} arrays)")
+
+
+def _check_record(artifact: Artifact, name: str, record: Record) -> None:
+    if any(extent < 1 for extent in record.shape) or not record.shape:
+        raise ArtifactError(f"{name}: shape {list(record.shape)} has no elements")
+    for key in _ARRAYS[record.kind]:
+        array = artifact.array(f"{name}::{key}")
+        if hashlib.sha256(array.tobytes()).hexdigest() != record.sha256.get(key):
+            raise ArtifactError(f"{name}: the bytes of {key} do not match their digest; the file is damaged")
+        _check_finite(f"{name}::{key}", artifact.slots[f"{name}::{key}"].dtype, array)
+    if record.kind == "impart":
+        _check_impart(artifact, name, record)
+    elif record.kind == "lowrank":
+        _check_lowrank(artifact, name, record)
+    elif record.kind == "raw":
+        _expect(artifact, f"{name}::delta", record.shape, _FLOAT_SLOTS)
+    elif record.kind == "rows":
+        _check_rows(artifact, name, record)
+
+
+def _check_impart(artifact: Artifact, name: str, record: Record) -> None:
+    rank = record.rank
+    if len(record.shape) != 2 or not 1 <= rank <= min(record.shape):
+        raise ArtifactError(f"{name}: rank {rank} does not fit the shape {list(record.shape)}")
+    _expect(artifact, f"{name}::coef", (rank,), ("F32",))
+    for label, rows in zip("uv", record.shape, strict=True):
+        _expect(artifact, f"{name}::keep_{label}", (rank,), ("I32",))
+        keep = artifact.array(f"{name}::keep_{label}")
+        if keep.min() < 1 or keep.max() > rows:
+            raise ArtifactError(f"{name}: keep_{label} must lie in 1..{rows}, found {keep.min()}..{keep.max()}")
+        count = int(keep.sum(dtype=np.int64))
+        _expect(artifact, f"{name}::{label}_vals", (count,), (_VALUE_SLOTS[artifact.manifest.value_dtype],))
+
+
+def _check_lowrank(artifact: Artifact, name: str, record: Record) -> None:
+    if len(record.shape) != 2 or not 1 <= record.rank <= min(record.shape):
+        raise ArtifactError(f"{name}: rank {record.rank} does not fit the shape {list(record.shape)}")
+    _expect(artifact, f"{name}::a", (record.rank, record.shape[1]), _FLOAT_SLOTS)
+    _expect(artifact, f"{name}::b", (record.shape[0], record.rank), _FLOAT_SLOTS)
+
+
+def _check_rows(artifact: Artifact, name: str, record: Record) -> None:
+    index = artifact.array(f"{name}::row_idx")
+    _expect(artifact, f"{name}::row_idx", (len(index),), ("I32",))
+    _expect(artifact, f"{name}::row_delta", (len(index), *record.shape[1:]), _FLOAT_SLOTS)
+    if len(index) and (index[0] < 0 or index[-1] >= record.shape[0] or (np.diff(index) <= 0).any()):
+        raise ArtifactError(f"{name}: row_idx must rise strictly within 0..{record.shape[0] - 1}")
+
+
+def _expect(artifact: Artifact, key: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    slot = artifact.slots[key]
+    if slot.shape != shape:
+        raise ArtifactError(f"{key} has shape {list(slot.shape)}, expected {list(shape)}")
+    if slot.dtype not in dtypes:
+        raise ArtifactError(f"{key} has dtype {slot.dtype}, expected {' or '.join(dtypes)}")
+
+
+def _check_finite(key: str, dtype: str, array: Array) -> None:
+    """A float is not finite when all bits of its exponent are set."""
+    if dtype in _EXPONENTS and array.size:
+        unsigned, mask = _EXPONENTS[dtype]
+        if ((array.view(unsigned) & unsigned(mask)) == mask).any():
+            raise ArtifactError(f"{key} holds NaN or infinite values")
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
