@@ -1,0 +1,105 @@
+"""The drop ratios: the authors' allocator case by case, and what must hold for every spectrum."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressors.errors import BudgetError
+from compressors.impart import drop_ratios
+
+REFERENCE = json.loads((Path(__file__).parent / "data" / "impart_allocator.json").read_text())
+RULES = {"attn": "attention", "mlp": "mlp", "exact": "exact"}
+SHAPE = (256, 384)
+
+
+def settings_of(case: str) -> tuple[float, str, float, float]:
+    ratio, rule, beta, c = case.split("_")
+    return float(ratio[2:]), RULES[rule], float(beta[4:]), float(c[1:])
+
+
+@pytest.mark.parametrize("case", REFERENCE["cases"])
+def test_equals_the_authors_allocator(case):
+    ratio, rule, beta, c = settings_of(case)
+    expected = REFERENCE["cases"][case]["p"]
+    drops = drop_ratios(REFERENCE["S"], SHAPE, ratio, beta, c, rule)
+    assert len(drops) == 256
+    assert sum(drop < 1 for drop in drops) == REFERENCE["cases"][case]["rank_kept"]
+    assert drops[: len(expected)] == pytest.approx(expected, abs=1e-9)
+    assert all(drop == 1 for drop in drops[len(expected) :])
+
+
+def loop_reference(sigma, sparsity, pruned, c):
+    """The boundary shift as a plain loop."""
+    kept = max(1, int(len(sigma) * (1 - pruned)))
+    gamma = (sparsity - pruned) / (1 - pruned)
+    drops = [(1 - (s / sigma[0]) ** c) * gamma for s in sigma[:kept]]
+    last = kept
+    while sum(drops[:last]) + (kept - last) < gamma * kept - 1e-12 and last > 1:
+        last -= 1
+    return drops[:last] + [1.0] * (len(sigma) - last)
+
+
+@given(
+    sigma=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60),
+    ratio=st.floats(1.5, 64),
+    beta=st.sampled_from([0.0, 0.3, 0.6, 0.8]),
+    c=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]),
+    out=st.integers(2, 200),
+)
+def test_meets_the_budget_for_every_spectrum_and_shape(sigma, ratio, beta, c, out):
+    sigma = sorted(sigma, reverse=True)
+    shape = (out, len(sigma)) if out >= len(sigma) else (len(sigma), len(sigma))
+    drops = drop_ratios(sigma, shape, ratio, beta, c, "exact")
+    budget = shape[0] * shape[1] / ratio / (shape[0] + shape[1])  # in columns
+    kept = [1 - drop for drop in drops if drop < 1]
+    assert len(drops) == len(sigma)
+    assert all(0 <= drop <= 1 for drop in drops)
+    assert drops == sorted(drops)  # smaller singular values are dropped more
+    assert sum(kept) <= max(budget, 1) + 1e-6
+    if len(kept) > 1:
+        assert sum(kept) > budget - 1 - 1e-6 or len(kept) == max(1, int(len(sigma) * budget / len(sigma)))
+
+
+@given(
+    sigma=st.lists(st.floats(0.01, 10), min_size=3, max_size=40),
+    ratio=st.floats(4, 64),
+    c=st.sampled_from([0.5, 1.0]),
+)
+def test_closed_form_equals_the_loop(sigma, ratio, c):
+    sigma = sorted(sigma, reverse=True)
+    drops = drop_ratios(sigma, (50, 50), ratio, 0.6, c, "attention")
+    sparsity = (1 + 1 - 1 / ratio) / 2
+    assert drops == pytest.approx(loop_reference(sigma, sparsity, 0.6, c), abs=1e-9)
+
+
+def test_edges():
+    equal = drop_ratios([2.0] * 10, (10, 10), 4, 0.0, 1.0, "attention")
+    assert equal == [0.0] + [1.0] * 9  # all alike: truncation to the budget of 10 / 8 columns
+    assert drop_ratios([3.0, 2.0, 1.0, 0.5], (4, 4), 2, 0.8, 1.0, "attention") == [0.0, 1.0, 1.0, 1.0]  # a <= b
+    assert drop_ratios([5.0], (1, 9), 64, 0.6, 1.0, "exact") == [0.0]  # at least one column
+    assert drop_ratios([0.0, 0.0], (2, 2), 2, 0.0, 1.0, "exact")[0] == 0.0  # no division by zero
+    truncated = drop_ratios(list(range(100, 0, -1)), (100, 100), 10, 0.0, 0.0, "attention")
+    assert truncated == [0.0] * 5 + [1.0] * 95  # C = 0 is plain truncation
+    same = [drop_ratios(s, (8, 8), 4, 0.3, 1.0, "exact") for s in ([4.0, 3, 2, 1], np.array([4.0, 3, 2, 1]), torch.tensor([4.0, 3, 2, 1]))]
+    assert same[0] == same[1] == same[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"ratio": 0.5}, "ratio"),
+        ({"beta": 1.0}, "beta"),
+        ({"c": -1.0}, "c must"),
+        ({"rule": "other"}, "rule"),
+        ({"singular_values": []}, "singular_values"),
+    ],
+)
+def test_settings_that_cannot_be(change, word):
+    arguments = {"singular_values": [1.0], "shape": (4, 4), "ratio": 4.0, "beta": 0.6, "c": 1.0, "rule": "exact"} | change
+    with pytest.raises(BudgetError, match=word):
+        drop_ratios(**arguments)
