@@ -85,7 +85,10 @@ def test_edges():
     assert drop_ratios([0.0, 0.0], (2, 2), 2, 0.0, 1.0, "exact")[0] == 0.0  # no division by zero
     truncated = drop_ratios(list(range(100, 0, -1)), (100, 100), 10, 0.0, 0.0, "attention")
     assert truncated == [0.0] * 5 + [1.0] * 95  # C = 0 is plain truncation
-    same = [drop_ratios(s, (8, 8), 4, 0.3, 1.0, "exact") for s in ([4.0, 3, 2, 1], np.array([4.0, 3, 2, 1]), torch.tensor([4.0, 3, 2, 1]))]
+    same = [
+        drop_ratios(s, (8, 8), 4, 0.3, 1.0, "exact")
+        for s in ([4.0, 3, 2, 1], np.array([4.0, 3, 2, 1]), torch.tensor([4.0, 3, 2, 1]))
+    ]
     assert same[0] == same[1] == same[2]
 
 
@@ -100,6 +103,13 @@ def test_edges():
     ],
 )
 def test_settings_that_cannot_be(change, word):
-    arguments = {"singular_values": [1.0], "shape": (4, 4), "ratio": 4.0, "beta": 0.6, "c": 1.0, "rule": "exact"} | change
+    arguments = {
+        "singular_values": [1.0],
+        "shape": (4, 4),
+        "ratio": 4.0,
+        "beta": 0.6,
+        "c": 1.0,
+        "rule": "exact",
+    } | change
     with pytest.raises(BudgetError, match=word):
         drop_ratios(**arguments)

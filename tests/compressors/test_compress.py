@@ -1,0 +1,215 @@
+"""From two folders to one file and back: what is stored for every kind of parameter, and what it means."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from compressors.artifact import Artifact
+from compressors.compress import compress
+from compressors.decompress import decompress, delta_tensor
+from compressors.errors import BaseMismatchError, CheckpointError
+from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
+from compressors.inspect import summary
+from compressors.tensors import Checkpoint
+from compressors.verify import verify
+from tests.compressors.conftest import LAYER, base_tensors, tuned_tensors
+
+Q, UP = f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.mlp.up_proj.weight"
+RATIO_4 = ImPartConfig(ratio=4.0)
+
+
+@pytest.fixture
+def pair(checkpoint):
+    return checkpoint("base", base_tensors()), checkpoint("tuned", tuned_tensors())
+
+
+def test_the_estimate_is_unbiased_and_its_error_is_the_closed_form():
+    delta = tuned_tensors()[UP] - base_tensors()[UP]
+    spectrum = decompose(delta)
+    drops = drop_ratios(spectrum.s, tuple(delta.shape), 8.0, 0.3, 1.0, "exact")
+    rank = sum(drop < 1 for drop in drops)
+    truncated = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
+    total, errors, runs = torch.zeros_like(delta), [], 400
+    for seed in range(runs):
+        factors = sparsify(spectrum, drops, UP, seed, "fp16")
+        estimate = dense(factors, delta.shape, seed)
+        total += estimate
+        errors.append(((estimate - truncated) ** 2).sum().item())
+    keep_u, keep_v = factors.keep_u.astype(float), factors.keep_v.astype(float)
+    m, n = delta.shape
+    variance = spectrum.s[:rank].numpy() ** 2 * (m / keep_u * n / keep_v - 1)
+    assert np.mean(errors) == pytest.approx(variance.sum(), rel=0.02)
+    assert ((total / runs - truncated).norm() ** 2).item() == pytest.approx(variance.sum() / runs, rel=0.25)
+
+
+def dense(factors, shape, seed):
+    from compressors.masks import factor_rows, layer_seed
+
+    sides = []
+    for f, (keep, values) in enumerate(((factors.keep_u, factors.u_vals), (factors.keep_v, factors.v_vals))):
+        side = torch.zeros(shape[f], len(keep))
+        rows = factor_rows(layer_seed(seed, UP), f, shape[f], keep)
+        side[rows, np.repeat(np.arange(len(keep)), keep)] = torch.from_numpy(values.astype(np.float32))
+        sides.append(side)
+    return (sides[0] * torch.from_numpy(factors.coef)) @ sides[1].T
+
+
+@pytest.mark.parametrize(("value_dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 8e-3), ("int8", 1.2e-2)])
+def test_value_dtypes_agree_with_full_precision(pair, tmp_path, value_dtype, tolerance):
+    """At ratio 1 nothing is dropped, so only the values' rounding is left."""
+    base, tuned = pair
+    compress(base, tuned, tmp_path / "d.safetensors", ImPartConfig(ratio=2.0, beta=0.0, c=0.0, value_dtype=value_dtype))
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        spectrum = decompose(tuned_tensors()[Q] - base_tensors()[Q])
+        rank = artifact.records[Q].rank
+        truncated = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
+        assert rank == 12
+        assert (delta_tensor(artifact, Q) - truncated).norm() < tolerance * truncated.norm()
+
+
+def test_same_inputs_give_the_same_bytes_and_another_seed_does_not(pair, tmp_path):
+    base, tuned = pair
+    digests = []
+    for i, seed in enumerate((0, 0, 1)):
+        compress(base, tuned, tmp_path / f"{i}.safetensors", ImPartConfig(ratio=4.0, seed=seed))
+        digests.append(hashlib.sha256((tmp_path / f"{i}.safetensors").read_bytes()).hexdigest())
+    assert digests[0] == digests[1] != digests[2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_three_ratios_are_recounted_from_the_file(pair, tmp_path):
+    base, tuned = pair
+    manifest = compress(base, tuned, tmp_path / "d.safetensors", RATIO_4)
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        found = summary(artifact)
+        stored = sum(artifact.array(key).size for key in artifact.slots if key.endswith("_vals"))
+    projections = 48 * 48 + 24 * 48 + 2 * 96 * 48
+    assert found["ratios"] == manifest.ratios.model_dump()
+    assert found["ratios"]["values"] == pytest.approx(projections / stored, abs=0.01)
+    assert found["ratios"]["values"] >= 4.0
+    parameters = sum(tensor.numel() for tensor in base_tensors().values())
+    assert found["ratios"]["whole_file"] == pytest.approx(2 * parameters / found["bytes"], abs=0.01)
+
+
+def test_decompress_writes_base_plus_delta(pair, tmp_path):
+    base, tuned = pair
+    compress(base, tuned, tmp_path / "d.safetensors", RATIO_4)
+    decompress(tmp_path / "d.safetensors", base, tmp_path / "merged", dtype="fp32")
+    with Artifact.open(tmp_path / "d.safetensors") as artifact, Checkpoint(tmp_path / "merged") as merged:
+        for name, weight in base_tensors().items():
+            torch.testing.assert_close(merged.tensor(name), weight + delta_tensor(artifact, name))
+    with pytest.raises(FileExistsError):
+        decompress(tmp_path / "d.safetensors", base, tmp_path / "merged")
+
+
+def test_decompress_refuses_another_base(pair, checkpoint, tmp_path):
+    base, tuned = pair
+    compress(base, tuned, tmp_path / "d.safetensors", RATIO_4)
+    other = checkpoint("other", base_tensors(seed=9))
+    with pytest.raises(BaseMismatchError):
+        decompress(tmp_path / "d.safetensors", other, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def stored_kinds(base, tuned, tmp_path, config=RATIO_4):
+    compress(base, tuned, tmp_path / "d.safetensors", config)
+    verify(tmp_path / "d.safetensors")
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        return {name: record.kind for name, record in artifact.records.items()}
+
+
+def test_equal_parameters_store_nothing(checkpoint, tmp_path):
+    base = checkpoint("base", base_tensors())
+    kinds = stored_kinds(base, checkpoint("same", base_tensors()), tmp_path)
+    assert set(kinds.values()) == {"zero"}
+
+
+def test_a_low_rank_delta_is_kept_whole(checkpoint, tmp_path):
+    tuned = base_tensors()
+    generator = torch.Generator().manual_seed(3)
+    change = torch.randn(96, 2, generator=generator) @ torch.randn(2, 48, generator=generator)
+    tuned[UP] = tuned[UP] + change
+    kinds = stored_kinds(checkpoint("base", base_tensors()), checkpoint("lora", tuned), tmp_path)
+    assert kinds[UP] == "lowrank"
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        assert artifact.records[UP].rank == 2
+        torch.testing.assert_close(delta_tensor(artifact, UP), change, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_are_stored_whole_and_embeddings_by_changed_row(checkpoint, tmp_path):
+    tuned = tuned_tensors()
+    tuned["model.norm.weight"] = torch.full((48,), 1.25)
+    tuned["model.embed_tokens.weight"] = torch.cat([tuned["model.embed_tokens.weight"], torch.ones(2, 48)])
+    tuned["model.embed_tokens.weight"][7] += 0.5
+    kinds = stored_kinds(checkpoint("base", base_tensors()), checkpoint("grown", tuned, vocab_size=42), tmp_path)
+    assert kinds["model.norm.weight"] == "raw"
+    assert kinds["model.embed_tokens.weight"] == "rows"
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        assert artifact.array("model.embed_tokens.weight::row_idx").tolist() == [7, 40, 41]
+        assert artifact.array("model.embed_tokens.weight::row_delta")[1:].tolist() == [[1.0] * 48] * 2
+        assert delta_tensor(artifact, "model.norm.weight").tolist() == [0.25] * 48
+        assert artifact.manifest.tokenizer.vocab_size == 42
+    decompress(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "merged", dtype="fp32")
+    with Checkpoint(tmp_path / "merged") as merged:
+        torch.testing.assert_close(
+            merged.tensor("model.embed_tokens.weight"), tuned["model.embed_tokens.weight"], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_tied_head_is_stored_once(checkpoint, tmp_path):
+    tuned = tuned_tensors()
+    tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"].clone()
+    base = checkpoint("base", base_tensors())
+    compress(base, checkpoint("tied", tuned), tmp_path / "d.safetensors", RATIO_4)
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        assert artifact.records["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+    tuned["lm_head.weight"] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        compress(base, checkpoint("untied", tuned), tmp_path / "e.safetensors", RATIO_4)
+
+
+@pytest.mark.parametrize("layout", ["phi3", "gpt2", "experts"])
+def test_fused_transposed_and_expert_weights_split_into_projections(checkpoint, tmp_path, layout):
+    generator = torch.Generator().manual_seed(5)
+    name, shape, config, parts = {
+        "phi3": (f"{LAYER}.self_attn.qkv_proj.weight", (96, 48), {"num_attention_heads": 4, "num_key_value_heads": 2}, [(48, 48), (24, 48), (24, 48)]),
+        "gpt2": ("h.0.attn.c_attn.weight", (48, 144), {"model_type": "gpt2"}, [(48, 48)] * 3),
+        "experts": (f"{LAYER}.mlp.experts.down_proj", (3, 48, 32), {}, [(48, 32)] * 3),
+    }[layout]  # fmt: skip
+    before = {name: torch.randn(shape, generator=generator), "model.norm.weight": torch.ones(4)}
+    after = before | {name: before[name] + 0.1 * torch.randn(shape, generator=generator)}
+    base, tuned = checkpoint("base", before, **config), checkpoint("tuned", after, **config)
+    compress(base, tuned, tmp_path / "d.safetensors", ImPartConfig(ratio=2.0, beta=0.0, c=0.0, value_dtype="fp16"))
+    shapes = {key: tuple(value.shape) for key, value in before.items()}
+    verify(tmp_path / "d.safetensors", base_shapes=shapes)
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        found = [artifact.records[f"{name}#{i}"].shape for i in range(len(parts))]
+    assert found == parts
+    decompress(tmp_path / "d.safetensors", base, tmp_path / "merged", dtype="fp32")
+    with Checkpoint(tmp_path / "merged") as merged:
+        change, wanted = merged.tensor(name) - before[name], after[name] - before[name]
+        assert (change - wanted).norm() < 0.8 * wanted.norm()
+        assert torch.nn.functional.cosine_similarity(change.flatten(), wanted.flatten(), 0) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda t: t.pop(UP), "up_proj"),
+        (lambda t: t.update({"extra.weight": torch.ones(2, 2)}), "extra.weight"),
+        (lambda t: t[UP].view(-1)[5:6].fill_(float("nan")), "up_proj.*NaN"),
+        (lambda t: t.update({UP: t[UP][:90]}), "up_proj.*shape"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), "up_proj.*dtype"),
+        (lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:30]}), "fewer rows"),
+    ],
+    ids=["missing", "unknown", "nan", "shape", "integer", "vocabulary"],
+)
+def test_a_broken_fine_tune_is_refused_by_name_and_leaves_nothing(checkpoint, tmp_path, damage, word):
+    tuned = tuned_tensors()
+    damage(tuned)
+    base, broken = checkpoint("base", base_tensors()), checkpoint("broken", tuned)
+    with pytest.raises(CheckpointError, match=word):
+        compress(base, broken, tmp_path / "d.safetensors", RATIO_4)
+    assert not list(tmp_path.glob("*.safetensors")) + list(tmp_path.glob(".*"))
