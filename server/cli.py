@@ -6,9 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from server.config import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+AddParser: TypeAlias = Callable[["Subparsers"], None]
 
 GROUP = "deltaworks.commands"
 
@@ -26,17 +31,21 @@ SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="deltaworks", description="Serve many fine-tunes of one base model.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_serve(subparsers)
-    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
-        entry.load()(subparsers)
-    args = parser.parse_args(argv)
+    joined = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    # A known command loads its own house only: serving does not wait for, or fail with, the trainers' imports.
+    named = {*OWN, *joined}.intersection(arguments[:1]) or {*OWN, *joined}
+    for name in sorted(named):
+        add_parser: AddParser = OWN[name] if name in OWN else joined[name].load()
+        add_parser(subparsers)
+    args = parser.parse_args(arguments)
     status: int = args.run(args)
     return status
 
 
-def add_serve(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_serve(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser("serve", help="serve a base model and its deltas over the OpenAI API")
     parser.add_argument("model", nargs="?", default="default", help="model folder (default: the embedded base)")
     parser.add_argument("--config", type=Path, help="TOML file of settings; flags and DELTAWORKS__* come before it")
@@ -65,6 +74,8 @@ def run_serve(args: argparse.Namespace) -> int:
     model: str = args.model
     return serve(model, settings)
 
+
+OWN: dict[str, AddParser] = {"serve": add_serve}
 
 if __name__ == "__main__":
     sys.exit(main())

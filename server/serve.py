@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from compressors.base import resolve_base
 from compressors.errors import DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
+from server.access import App
+from server.app import create_app
 from server.artifacts.store import Store, StoreError
 from server.config import ServerSettings, Settings
 from server.engine.base import EngineError
@@ -60,7 +61,7 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
         yield listener
 
 
-def _build(folder: Path, settings: Settings, store: Store) -> tuple[FastAPI, Gateway]:
+def _build(folder: Path, settings: Settings, store: Store) -> tuple[App, Gateway]:
     tokenizer = HuggingFaceTokenizer(folder)
     shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
     base = Base(settings.server.served_name or folder.resolve().name, fingerprint(folder))
@@ -70,7 +71,8 @@ def _build(folder: Path, settings: Settings, store: Store) -> tuple[FastAPI, Gat
 
     from server.engine.vllm import VLLMEngine
 
-    return wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, verify_for_base)
+    context, keyring = wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, verify_for_base)
+    return create_app(context, keyring), context.gateway
 
 
 class _Server(uvicorn.Server):
@@ -85,7 +87,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-async def _run(app: FastAPI, gateway: Gateway, listener: socket.socket, settings: ServerSettings) -> int:
+async def _run(app: App, gateway: Gateway, listener: socket.socket, settings: ServerSettings) -> int:
     log_json()
     config = uvicorn.Config(
         app,

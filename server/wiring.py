@@ -1,12 +1,10 @@
-"""Settings and the four things that differ between production and tests -> the application and its gateway."""
+"""Settings, and what differs between production and tests -> the collaborators of the application."""
 
 from dataclasses import dataclass
 
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from server.admission import Admission
-from server.app import create_app
 from server.artifacts.lifecycle import DeltaLifecycle, Verify
 from server.artifacts.pool import Pool
 from server.artifacts.registry import Registry
@@ -30,7 +28,7 @@ class Base:
 
 def wire(
     settings: Settings, store: Store, base: Base, engine: Engine, tokenizer: Tokenizer, verify: Verify
-) -> tuple[FastAPI, Gateway]:
+) -> tuple[Context, Keyring]:
     """`store` is open already. Raises StoreError when its names cannot be recovered."""
     limits = settings.admission
     telemetry = Telemetry(CollectorRegistry())
@@ -55,4 +53,4 @@ def wire(
     keyring = Keyring(
         [key.get_secret_value() for key in auth.api_keys], [key.get_secret_value() for key in auth.admin_keys]
     )
-    return create_app(context, keyring), gateway
+    return context, keyring

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from compressors.verify import Report
-
 from server.artifacts.pool import Pool
 from server.artifacts.registry import DeltaNotFound, Ref, Registry, Version
 from server.artifacts.store import Incoming, Store

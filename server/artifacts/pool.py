@@ -90,8 +90,8 @@ class Pool:
 
     async def close(self) -> None:
         """Cancel what is under way; the engine is about to stop."""
-        tasks = [resident.loading for resident in self._residents.values() if not resident.loading.done()]
-        tasks += self._leaving.values()
+        loading = [resident.loading for resident in self._residents.values() if not resident.loading.done()]
+        tasks = [*loading, *self._leaving.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

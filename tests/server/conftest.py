@@ -17,11 +17,13 @@ from fastapi import FastAPI
 
 from compressors.errors import ArtifactError, BaseMismatchError
 from compressors.verify import Report
+from server.app import create_app
 from server.artifacts.store import Store
 from server.config import Settings
 from server.core import FinishReason, Message, Sampling, TokenEvent, TokenLogprob
 from server.engine.base import EngineDelta, EngineError, EngineLoadError
 from server.gateway import Gateway
+from server.routes.context import Context
 from server.wiring import Base, wire
 
 API, ADMIN = {"authorization": "Bearer user-key"}, {"authorization": "Bearer admin-key"}
@@ -53,8 +55,8 @@ class FakeEngine:
         self, request_id: str, ids: Sequence[int], sampling: Sampling, delta: EngineDelta | None, salt: str | None
     ) -> AsyncGenerator[TokenEvent, None]:
         self.calls.append((list(ids), sampling, delta, salt))
-        self.running.add(request_id)
         words = (delta.digest[:6] if delta else "base", *self.words)[: sampling.max_tokens]
+        self.running.add(request_id)
         try:
             for step, word in enumerate(words):
                 if step == self.fail_at:
@@ -112,16 +114,14 @@ class House:
     store: Store
     settings: Settings
     tokenizer: ByteTokenizer
+    context: Context = field(init=False)
     app: FastAPI = field(init=False)
     gateway: Gateway = field(init=False)
 
     def __post_init__(self) -> None:
         base = Base("tiny-base", "sha256:ba5e")
-        self.app, self.gateway = wire(self.settings, self.store, base, self.engine, self.tokenizer, fake_verify)
-
-    @property
-    def context(self) -> Any:
-        return self.app.state.context
+        self.context, keyring = wire(self.settings, self.store, base, self.engine, self.tokenizer, fake_verify)
+        self.app, self.gateway = create_app(self.context, keyring), self.context.gateway
 
     def idle(self) -> bool:
         """Nothing runs, no permit and no lease is held."""
@@ -145,7 +145,7 @@ def settings() -> Settings:
         {
             "auth": {"api_keys": "user-key", "admin_keys": "admin-key"},
             "engine": {"max_resident_deltas": 2},
-            "admission": {"max_concurrent": 8, "max_queued_tokens": 100, "delta_wait_s": 0.2, "drain_timeout_s": 5},
+            "admission": {"max_concurrent": 16, "max_queued_tokens": 100, "delta_wait_s": 0.2, "drain_timeout_s": 5},
             "server": {"max_body_bytes": 20_000, "max_upload_bytes": 3_000_000},
         }
     )

@@ -1,0 +1,70 @@
+"""Settings: precedence, near misses, keys that stay secret."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from server.config import Settings, SettingsError, load_settings
+
+
+def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[server]\nport = 1\nhost = "h"\n[engine]\ndtype = "float32"\n[admission]\nmax_concurrent = 3\n')
+    environ = {"DELTAWORKS__SERVER__PORT": "2", "DELTAWORKS__ENGINE__DTYPE": "bfloat16", "OTHER": "x"}
+    settings = load_settings(file, environ, {"server": {"port": 3}})
+    assert (settings.server.port, settings.server.host) == (3, "h")
+    assert settings.engine.dtype == "bfloat16"
+    assert settings.admission.max_concurrent == 3
+    assert settings.engine.deltas_per_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "message"),
+    [
+        ("[server]\nprot = 1", {}, r"unknown setting 'server.prot' \(did you mean 'port'\?\)"),
+        ("[sever]\nport = 1", {}, r"unknown setting 'sever' \(did you mean 'server'\?\)"),
+        ("[engine]\nzzz = 1", {}, r"unknown setting 'engine.zzz' \(known: dtype"),
+        ("port = 1", {}, "must be a section"),
+        ("[server]\nport = 99999", {}, "setting 'server.port'"),
+        ("[server", {}, "cannot read the settings file"),
+        ("", {"DELTAWORKS__SERVER__PROT": "1"}, "did you mean 'port'"),
+        ("", {"DELTAWORKS__PORT": "1"}, "expected DELTAWORKS__SECTION__KEY"),
+        ("", {"DELTAWORKS__SERVER__PORT": "many"}, "setting 'server.port'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, environ: dict[str, str], message: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        load_settings(file, environ, {})
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot read the settings file"):
+        load_settings(tmp_path / "none.toml", {}, {})
+
+
+def test_keys_come_from_environment_and_file_and_are_masked(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# users\ncanary-file\n\n")
+    environ = {"DELTAWORKS__AUTH__API_KEYS": "canary-a, canary-b", "DELTAWORKS__AUTH__API_KEY_FILE": str(file)}
+    settings = load_settings(None, environ, {})
+    assert [key.get_secret_value() for key in settings.auth.api_keys] == ["canary-a", "canary-b", "canary-file"]
+    assert "canary" not in settings.to_toml()
+    assert "canary" not in repr(settings)
+
+
+@pytest.mark.parametrize("content", ["", "# only a comment\n"])
+def test_key_file_without_keys_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match="holds no key"):
+        load_settings(None, {}, {"auth": {"admin_key_file": file}})
+
+
+def test_printed_settings_load_again(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(Settings().to_toml())
+    assert load_settings(file, {}, {}) == Settings()
+    assert set(tomllib.loads(file.read_text())) == {"server", "store", "engine", "auth", "admission"}

@@ -1,0 +1,55 @@
+"""Prompts to ids, with the real tokenizer of the default base."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import TemplateError
+
+from compressors.base import default_base
+from server.core import ChatPrompt, InvalidRequest, Message, TextPrompt, TokenPrompt
+from server.prompt import HuggingFaceTokenizer, PromptRenderer, TokenizerError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(default_base(progress=False))
+
+
+@pytest.mark.anyio
+async def test_default_base_renders_chat_text_and_ids(tokenizer: HuggingFaceTokenizer) -> None:
+    prompts = PromptRenderer(tokenizer)
+    chat = await prompts.render(ChatPrompt((Message("system", "Be brief."), Message("user", "hi"))))
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat == tokenizer.encode(expected, add_special_tokens=False)
+    assert chat[0] == 1  # the special token itself, not its letters
+    assert await prompts.render(TextPrompt("hello")) == [28120]
+    assert await prompts.render(TokenPrompt((0, 49151))) == [0, 49151]
+    with pytest.raises(InvalidRequest, match="49152 is outside the vocabulary"):
+        await prompts.render(TokenPrompt((1, 49152)))
+    prompts.close()
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.anyio
+async def test_refusal_by_the_template_is_the_callers_mistake(build: Any) -> None:
+    class Picky(type(build().tokenizer)):  # type: ignore[misc] # the byte tokenizer of conftest
+        def apply_chat_template(self, messages: Any) -> str:
+            raise TemplateError("roles must alternate")
+
+    prompts = PromptRenderer(Picky())
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        await prompts.render(ChatPrompt((Message("user", "a"),)))
+    prompts.close()

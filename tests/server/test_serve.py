@@ -1,0 +1,201 @@
+"""`deltaworks serve` from the outside: refusals at the start, and a process that comes up and goes down cleanly."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from compressors.base import default_base
+from server.artifacts.store import Store
+from server.cli import main
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Callable[..., int]:
+    def serve(*arguments: str) -> int:
+        return main(["serve", "--store", str(tmp_path / "store"), "--port", "0", *arguments])
+
+    return serve
+
+
+def test_port_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve("--port", str(port)) == 1
+    assert f"error: port {port} on 127.0.0.1 is in use" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_store_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.open()
+    assert serve() == 1
+    store.close()
+    assert "in use by another server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json"),
+        ({"config.json": "{}"}, "has no tokenizer"),
+    ],
+)
+def test_folder_that_is_no_model(
+    serve: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    files: dict[str, str],
+    message: str,
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    assert serve(str(folder)) == 1
+    assert message in capsys.readouterr().err
+    store = Store(tmp_path / "store")
+    store.open()  # the lock is free again
+    store.close()
+
+
+def test_print_config_shows_flags_and_starts_nothing(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert serve("--dtype", "float32", "--print-config") == 0
+    printed = capsys.readouterr().out
+    assert 'dtype = "float32"' in printed
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_setting_is_one_line(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTAWORKS__SERVER__PROT", "1")
+    assert serve() == 1
+    assert capsys.readouterr().err == "error: unknown setting 'server.prot' (did you mean 'port'?)\n"
+
+
+PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from server import serve
+from server.app import create_app
+from server.artifacts.store import Store
+from server.config import Settings
+from server.core import FinishReason, TokenEvent
+from server.engine.base import EngineError
+from server.wiring import Base, wire
+
+class Tokenizer:
+    vocab_size, has_chat_template = 256, False
+    def encode(self, text, add_special_tokens): return list(text.encode())
+
+class Engine:
+    max_model_len, dead = 64, False
+    async def start(self):
+        if sys.argv[2] == "fail": raise EngineError("no such weights")
+        while not Path(sys.argv[1], "go").exists(): await asyncio.sleep(0.01)
+    async def stop(self): print("engine stopped", flush=True)
+    async def generate(self, request_id, ids, sampling, delta, salt):
+        for step in range(5):
+            await asyncio.sleep(0.1)
+            yield TokenEvent(0, "x", (1,), None, FinishReason.STOP if step == 4 else None, 1, 0)
+
+store = Store(Path(sys.argv[1], "store"))
+settings = Settings()
+with serve._listening(settings.server.model_copy(update={"port": 0})) as listener:
+    store.open()
+    context, keyring = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), None)
+    app = create_app(context, keyring)
+    status = asyncio.run(serve._run(app, context.gateway, listener, settings.server))
+    store.close()
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def process(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), request.param]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def first_url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert "the model is loading" in line
+    return line.split()[2].rstrip(",")
+
+
+def until(url: str, status: int) -> dict[str, str]:
+    deadline = time.monotonic() + 10
+    while True:
+        response = httpx.get(url)
+        if response.status_code == status:
+            body: dict[str, str] = response.json()
+            return body
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("process", ["load"], indirect=True)
+def test_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    url = first_url(process)
+    assert until(f"{url}/health/live", 200) == {"status": "alive"}
+    assert until(f"{url}/health/ready", 503) == {"status": "loading"}
+    (tmp_path / "go").touch()
+    until(f"{url}/health/ready", 200)
+    body = {"model": "b", "prompt": "a", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert out.endswith("engine stopped\n")
+    records = [json.loads(line) for line in err.splitlines()]
+    assert [record["status"] for record in records if record.get("route") == "/v1/completions"] == [200]
+
+
+@pytest.mark.parametrize("process", ["load"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_loading_stops_the_engine_too(
+    process: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    until(f"{first_url(process)}/health/ready", 503)
+    process.send_signal(number)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "engine stopped\n")
+
+
+@pytest.mark.parametrize("process", ["fail"], indirect=True)
+def test_engine_that_cannot_start_ends_the_server(process: subprocess.Popen[str]) -> None:
+    first_url(process)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "error: no such weights" in err
+    assert out == "engine stopped\n"
+
+
+def test_commands_of_the_other_houses_join(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["delta", "--help"])
+    assert "usage: deltaworks delta" in capsys.readouterr().out
+
+
+def test_default_base_folder_gives_the_served_name() -> None:
+    assert default_base(progress=False).name == "smollm2-135m-instruct"
