@@ -22,6 +22,7 @@ from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
 from server.app import create_app
+from server.artifacts.lifecycle import Verify
 from server.artifacts.store import Store, StoreError
 from server.config import ServerSettings, Settings
 from server.engine.base import EngineError
@@ -61,16 +62,23 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
         yield listener
 
 
-def _build(folder: Path, settings: Settings, store: Store) -> tuple[App, Gateway]:
-    tokenizer = HuggingFaceTokenizer(folder)
+def verifier(folder: Path) -> tuple[str, Verify]:
+    """The fingerprint of a base folder, and the check of uploads against that base. Raises DeltaError."""
     shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
-    base = Base(settings.server.served_name or folder.resolve().name, fingerprint(folder))
+    base_fingerprint = fingerprint(folder)
 
     def verify_for_base(path: Path) -> Report:
-        return verify(path, base_fingerprint=base.fingerprint, base_shapes=shapes)
+        return verify(path, base_fingerprint=base_fingerprint, base_shapes=shapes)
 
+    return base_fingerprint, verify_for_base
+
+
+def _build(folder: Path, settings: Settings, store: Store) -> tuple[App, Gateway]:
     from server.engine.vllm import VLLMEngine
 
+    tokenizer = HuggingFaceTokenizer(folder)
+    base_fingerprint, verify_for_base = verifier(folder)
+    base = Base(settings.server.served_name or folder.resolve().name, base_fingerprint)
     context, keyring = wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, verify_for_base)
     return create_app(context, keyring), context.gateway
 

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from compressors.errors import ArtifactError, BaseMismatchError
 from compressors.verify import Report
 from server.app import create_app
+from server.artifacts.lifecycle import Verify
 from server.artifacts.store import Store
 from server.config import Settings
 from server.core import FinishReason, Message, Sampling, TokenEvent, TokenLogprob
@@ -114,13 +115,14 @@ class House:
     store: Store
     settings: Settings
     tokenizer: ByteTokenizer
+    verify: Verify = fake_verify
     context: Context = field(init=False)
     app: FastAPI = field(init=False)
     gateway: Gateway = field(init=False)
 
     def __post_init__(self) -> None:
         base = Base("tiny-base", "sha256:ba5e")
-        self.context, keyring = wire(self.settings, self.store, base, self.engine, self.tokenizer, fake_verify)
+        self.context, keyring = wire(self.settings, self.store, base, self.engine, self.tokenizer, self.verify)
         self.app, self.gateway = create_app(self.context, keyring), self.context.gateway
 
     def idle(self) -> bool:
@@ -163,8 +165,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def build(store: Store, settings: Settings) -> Callable[..., House]:
     """Build a house over the store; still loading until `gateway.start()`."""
 
-    def build(settings: Settings = settings, tokenizer: ByteTokenizer | None = None) -> House:
-        return House(FakeEngine(), store, settings, tokenizer or ByteTokenizer())
+    def build(
+        settings: Settings = settings, tokenizer: ByteTokenizer | None = None, verify: Verify = fake_verify
+    ) -> House:
+        return House(FakeEngine(), store, settings, tokenizer or ByteTokenizer(), verify)
 
     return build
 
