@@ -1,0 +1,195 @@
+"""Supervised fine-tuning of full weights, on TRL's SFTTrainer.
+
+    plan      recipe + base fingerprint + data digests, written first; a resumed run must have the same plan
+    order     the rows of every step, fixed before the first step (so an interrupted run goes on as if it had not been)
+    train     fp32 weights and optimiser, completion-only loss, a checkpoint every `save_every` steps
+    write     the Hugging Face folder `model/` and `run.json`
+
+Weights that the recipe does not train stay bit-equal to the base, so that a delta records nothing for them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from compressors.base import resolve_base
+from compressors.fingerprint import fingerprint
+from trainers.checkpoint import write_model
+from trainers.data import TokenRow, digest, load_split, tokenize_row
+from trainers.errors import RecipeError, RunError
+from trainers.machine import hardware, versions
+from trainers.recipe import Recipe, TrainRecipe
+
+PROJECTION = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
+_SORTED_WINDOW = 8  # batches whose rows are sorted by length together: less padding, order still random
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished fine-tune: the folder of the checkpoint, and what run.json holds."""
+
+    model: Path
+    record: dict[str, Any]
+
+
+def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | None = None, resume: bool = False) -> Run:
+    """Fine-tune as the recipe says and write `output/model` and `output/run.json`.
+
+    `base` overrides the recipe's base. With `resume`, an interrupted run goes on from its last checkpoint, and a finished
+    one is returned as it is. Raises RunError when `output` holds another run, or any run without `resume`.
+    """
+    base_folder = resolve_base(base or recipe.base)
+    split = load_split(recipe.data, recipe_folder)
+    plan = {
+        "recipe": recipe.model_dump(mode="json"),
+        "base_fingerprint": fingerprint(base_folder),
+        "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)},
+    }
+    finished = _claim(output, plan, resume)
+    if finished is not None:
+        return finished
+    set_seed(recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    rows = [tokenize_row(tokenizer, row, recipe.train.max_length) for row in split.train]
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    trained = freeze(model, recipe.train.trainable)
+    trainer = _TimedTrainer(
+        model=model,
+        args=_arguments(recipe.train, recipe.seed, output / "checkpoints"),
+        train_dataset=_dataset(rows, step_order(rows, recipe.train, recipe.seed)),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
+    write_model(model, base_folder, output / "model", recipe.train.save_dtype)
+    record = plan | {
+        "base": str(base_folder),
+        "rows": {"train": len(split.train), "held_out": len(split.held_out)},
+        "trained_parameters": trained,
+        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "wall_s": round(trainer.elapsed_s(), 1),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Run(output / "model", record)
+
+
+def freeze(model: PreTrainedModel, trainable: str) -> int:
+    """Leave gradients on for the recipe's choice only; returns how many parameters are trained."""
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable == "all" or PROJECTION.search(name) is not None)
+        trained += parameter.numel() if parameter.requires_grad else 0
+    if trained == 0:
+        raise RecipeError('the base has no q, k, v, o, gate, up or down projections; use trainable = "all"')
+    return trained
+
+
+def step_order(rows: Sequence[TokenRow], train: TrainRecipe, seed: int) -> list[int]:
+    """Row numbers for all steps, `batch_size` per step: epoch after epoch, each shuffled; a window of batches is sorted by
+    length, so that a batch pads little, and its batches are shuffled again."""
+    rng = random.Random(seed)
+    wanted = train.steps * train.batch_size
+    stream: list[int] = []
+    while len(stream) < wanted:
+        stream += rng.sample(range(len(rows)), len(rows))
+    order: list[int] = []
+    window = _SORTED_WINDOW * train.batch_size
+    for start in range(0, wanted, window):
+        chosen = sorted(stream[start : min(start + window, wanted)], key=lambda row: len(rows[row].input_ids))
+        batches = [chosen[i : i + train.batch_size] for i in range(0, len(chosen), train.batch_size)]
+        rng.shuffle(batches)
+        order += [row for batch in batches for row in batch]
+    return order
+
+
+class _TimedTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+    """SFTTrainer whose log carries the training time so far, across interruptions, and which reports to nobody."""
+
+    _started: float = 0.0
+    _before_s: float | None = None
+
+    def elapsed_s(self) -> float:
+        return (self._before_s or 0.0) + time.perf_counter() - self._started
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._before_s is None:  # the first step of this process; the state is already the checkpoint's
+            earlier = [entry["elapsed_s"] for entry in self.state.log_history if "elapsed_s" in entry]
+            self._before_s, self._started = max(earlier, default=0.0), time.perf_counter()
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["elapsed_s"] = round(self.elapsed_s(), 1)
+        super().log(logs, start_time)
+
+    def _send_telemetry(self) -> None:
+        return
+
+
+def _arguments(train: TrainRecipe, seed: int, folder: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        max_length=train.max_length,
+        optim="adamw_torch_fused",
+        bf16=train.precision == "bf16",
+        gradient_checkpointing=False,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=1,
+        logging_steps=train.log_every,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def _dataset(rows: Sequence[TokenRow], order: Sequence[int]) -> Dataset:
+    return Dataset.from_dict(
+        {"input_ids": [rows[i].input_ids for i in order], "labels": [rows[i].labels for i in order]}
+    )
+
+
+def _claim(output: Path, plan: dict[str, Any], resume: bool) -> Run | None:
+    """Make `output` this run's folder, or return the finished run that it already is."""
+    path = output / "plan.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        return None
+    if not resume:
+        raise RunError(f"{output} already holds a run; go on with --resume, or choose another --output")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored != plan:
+        changed = ", ".join(key for key in plan if stored.get(key) != plan[key])
+        raise RunError(f"{output} holds another run ({changed} differ); choose another --output")
+    record = output / "run.json"
+    return Run(output / "model", json.loads(record.read_text(encoding="utf-8"))) if record.exists() else None
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    folders = (output / "checkpoints").glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]  # written last
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
