@@ -17,6 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
+# Probes and scrapes come every few seconds and say nothing that the metrics do not.
 _QUIET = ("/health/live", "/health/ready", "/metrics")
 
 log = logging.getLogger("deltaworks.request")
@@ -59,7 +60,7 @@ class AccessMiddleware:
         route = getattr(scope.get("route"), "path", "unmatched")
         seconds = time.perf_counter() - exchange.decisions.started
         self._telemetry.record(route, status, seconds, exchange.stream, exchange.decisions)
-        if route in _QUIET and status < 400:
+        if route in _QUIET and exchange.error is None:
             return
         made = exchange.decisions
         fields = {

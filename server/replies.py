@@ -178,7 +178,8 @@ class CompletionReply(Reply):
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [_finite(token) for token in tokens],
-            "top_logprobs": [{other.text: _finite(other) for other in token.top} for token in tokens],
+            # OpenAI: the sampled token is always among them, so there can be one more than asked for.
+            "top_logprobs": [{other.text: _finite(other) for other in (*token.top, token)} for token in tokens],
             "text_offset": offsets,
         }
 

@@ -131,7 +131,7 @@ async def test_logprobs_in_both_shapes(client: httpx.AsyncClient) -> None:
     assert body["choices"][0]["logprobs"] == {
         "tokens": ["base", " one", " two"],
         "token_logprobs": [-0.5] * 3,
-        "top_logprobs": [{"x": -9999.0}] * 3,
+        "top_logprobs": [{"x": -9999.0, token: -0.5} for token in ("base", " one", " two")],
         "text_offset": [0, 4, 8],
     }
     streamed = frames(
