@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.artifact import Artifact, Record
+from compressors.artifact import Artifact, Manifest, Record
 from compressors.errors import ArtifactError
 from compressors.masks import column_keys, factor_rows, layer_seed
 
@@ -108,9 +108,9 @@ def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource
     )
 
 
-def unservable(artifact: Artifact) -> list[str]:
+def unservable(manifest: Manifest) -> list[str]:
     """Names of records that change the model outside its linear projections: embeddings, head, norms, biases."""
-    return [name for name, record in artifact.records.items() if record.kind not in ("zero", "impart", "lowrank")]
+    return [name for name, record in manifest.tensors.items() if record.kind not in ("zero", "impart", "lowrank")]
 
 
 def _impart_columns(

@@ -55,6 +55,12 @@ def add_serve(subparsers: "Subparsers") -> None:
     parser.set_defaults(run=run_serve)
 
 
+def add_bench(subparsers: "Subparsers") -> None:
+    from server.bench.cli import add_parser
+
+    add_parser(subparsers)
+
+
 def run_serve(args: argparse.Namespace) -> int:
     flags: dict[str, dict[str, Any]] = {}
     for flag, section, key, _, _ in SERVE_FLAGS:
@@ -75,7 +81,25 @@ def run_serve(args: argparse.Namespace) -> int:
     return serve(model, settings)
 
 
-OWN: dict[str, AddParser] = {"serve": add_serve}
+def add_demo(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser(
+        "demo", help="start a server with demo deltas and ask all of them the same questions"
+    )
+    parser.add_argument(
+        "--deltas", type=Path, default=Path("deploy/demo"), help="folder with demo.json (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the server (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving on")
+    parser.set_defaults(run=run_demo)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from server.demo import demo
+
+    return demo(args.deltas, args.port, args.once)
+
+
+OWN: dict[str, AddParser] = {"bench": add_bench, "demo": add_demo, "serve": add_serve}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,6 +54,7 @@ class EngineSettings(Section):
     deltas_per_batch: int = Field(default=8, ge=1)
     max_resident_deltas: int = Field(default=16, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)  # tokens of one step; longer prompts go in chunks
     enforce_eager: bool = True
     kernel: Literal["auto", "native", "torch"] = (
         "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds

@@ -99,7 +99,7 @@ class DeltaManager:
         loaded: dict[str, list[SparseFactor]] = {}
         try:
             with Artifact.open(path) as artifact:
-                if outside := unservable(artifact):
+                if outside := unservable(artifact.manifest):
                     raise DeltaUnavailableError(
                         f"delta {digest:.12} changes {outside[0]}, which this engine does not serve yet"
                     )

@@ -1,0 +1,30 @@
+"""`deltaworks bench …`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Join `bench` to the command line."""
+    bench = subparsers.add_parser("bench", help="measure, as ratios against a rival in the same run")
+    actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
+    serve = actions.add_parser("serve", help="cost of deltas in the engine, against bare vLLM and its own LoRA")
+    serve.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
+    serve.add_argument(
+        "--deltas", type=Path, default=Path("deploy/demo"), help="folder of deltas of the base (default: %(default)s)"
+    )
+    serve.add_argument("--dtype", default="bfloat16", help="bfloat16, float32 or auto (default: %(default)s)")
+    serve.add_argument("--threads", type=int, default=1, help="threads of each engine (default: %(default)s)")
+    serve.add_argument("--tokens", type=int, default=32, help="tokens per row (default: %(default)s)")
+    serve.add_argument("--repeats", type=int, default=5, help="rounds, after one of warm-up (default: %(default)s)")
+    serve.add_argument("--cold-repeats", type=int, default=5, help="deltas loaded cold (default: %(default)s)")
+    serve.add_argument("--json", type=Path, help="also write the rows to this file")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from server.bench.serve import run
+
+    return run(args)

@@ -1,0 +1,132 @@
+"""`deltaworks bench serve`: what the delta plane costs, against bare vLLM and against vLLM's own LoRA, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from compressors.artifact import Artifact
+from compressors.base import resolve_base
+from compressors.errors import DeltaError
+from compressors.writer import ArtifactWriter
+from server.bench.cold import cold_times
+from server.bench.contenders import LORA_RANK, Load, bare, ours, stock_lora
+from server.bench.report import Measurement, machine, print_report, write_json
+from server.child import ChildError
+from server.config import EngineSettings
+from server.engine.base import EngineDelta
+
+BATCH = 8
+DISTINCT = (1, 2, 4, 8)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write JSON where asked."""
+    facts = machine()
+    try:
+        base = resolve_base(args.base)
+        sources = sorted(args.deltas.glob("*.safetensors"))
+        if not sources:
+            print(f"error: {args.deltas} holds no delta (.safetensors); name a folder with --deltas", file=sys.stderr)
+            return 1
+        with tempfile.TemporaryDirectory(prefix="deltaworks-bench-") as folder:
+            deltas = make_deltas(sources, Path(folder), BATCH + args.cold_repeats)
+            rows = asyncio.run(_throughput(base, deltas[:BATCH], Path(folder), args))
+            rows += cold_times(args.base, deltas[BATCH:], args.dtype)
+    except (DeltaError, ChildError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_report(facts, rows)
+    if args.json:
+        write_json(args.json, facts, rows)
+    return 0
+
+
+def make_deltas(sources: list[Path], folder: Path, count: int) -> list[EngineDelta]:
+    """`count` distinct deltas with the cost of real ones: the given files with other mask seeds."""
+    deltas = []
+    for i in range(count):
+        path = folder / f"delta-{i}.safetensors"
+        with Artifact.open(sources[i % len(sources)]) as artifact, ArtifactWriter(path) as writer:
+            for key, slot in artifact.slots.items():
+                writer.add(key, artifact.array(key), bf16=slot.dtype == "BF16")
+            writer.finish(artifact.manifest.model_copy(update={"seed": 1000 + i}), artifact.path.stat().st_size)
+        deltas.append(EngineDelta(hashlib.sha256(path.read_bytes()).hexdigest(), str(path)))
+    return deltas
+
+
+async def _throughput(
+    base: Path, deltas: list[EngineDelta], folder: Path, args: argparse.Namespace
+) -> list[Measurement]:
+    settings = EngineSettings(
+        dtype=args.dtype,
+        max_model_len=1024,
+        kv_cache_bytes=256 << 20,
+        max_num_seqs=16,
+        deltas_per_batch=BATCH,
+        threads=args.threads,
+    )
+    async with AsyncExitStack() as stack:
+        print("starting three engines ...", file=sys.stderr)
+        plain = await stack.enter_async_context(bare(base, settings))
+        plane = await stack.enter_async_context(ours(base, settings, deltas))
+        lora, adapters = await stack.enter_async_context(stock_lora(base, settings, folder))
+
+        def load(*used: object) -> Load:
+            return Load(tuple(used), args.tokens)
+
+        def spread(distinct: int) -> Load:
+            return load(*(deltas[i % distinct] for i in range(BATCH)))
+
+        cases: dict[str, Callable[[], Awaitable[float]]] = {
+            "bare vLLM, batch 8": lambda: plain.tokens_per_s(load(*[None] * BATCH)),
+            "base only, batch 8": lambda: plane.tokens_per_s(load(*[None] * BATCH)),
+            **{
+                f"{n} distinct deltas, batch 8": lambda n=n: plane.tokens_per_s(spread(n))  # type: ignore[misc]
+                for n in DISTINCT
+            },
+            "bare vLLM, batch 1": lambda: plain.tokens_per_s(load(None)),
+            "base only, batch 1": lambda: plane.tokens_per_s(load(None)),
+            "one delta, batch 1": lambda: plane.tokens_per_s(load(deltas[0])),
+            "stock LoRA engine, base only, batch 8": lambda: lora.tokens_per_s(load(*[None] * BATCH)),
+            f"stock LoRA rank {LORA_RANK}, 8 adapters, batch 8": lambda: lora.tokens_per_s(load(*adapters)),
+        }
+        return _rows(await _interleaved(cases, args.repeats))
+
+
+async def _interleaved(cases: dict[str, Callable[[], Awaitable[float]]], repeats: int) -> dict[str, float]:
+    """Median of every case over rounds that run each case once; one round before is warm-up."""
+    from tqdm import tqdm
+
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    with tqdm(total=(repeats + 1) * len(cases), desc="measuring", unit="run") as bar:
+        for turn in range(repeats + 1):
+            for name, case in cases.items():
+                value = await case()
+                if turn:
+                    found[name].append(value)
+                bar.update()
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _rows(found: dict[str, float]) -> list[Measurement]:
+    rivals = {
+        "base only, batch 8": "bare vLLM, batch 8",
+        **{f"{n} distinct deltas, batch 8": "base only, batch 8" for n in DISTINCT},
+        "base only, batch 1": "bare vLLM, batch 1",
+        "one delta, batch 1": "base only, batch 1",
+        "stock LoRA engine, base only, batch 8": "bare vLLM, batch 8",
+        f"stock LoRA rank {LORA_RANK}, 8 adapters, batch 8": "stock LoRA engine, base only, batch 8",
+    }
+    rows = []
+    for name, value in found.items():
+        rival = rivals.get(name)
+        rows.append(Measurement(name, value, "tok/s", value / found[rival] if rival else None, rival))
+    return rows
