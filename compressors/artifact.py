@@ -1,7 +1,8 @@
 """The delta file: one safetensors file whose metadata holds a manifest. Reading needs neither torch nor trust in the file.
 
 Layout: 8 bytes header length (LE), JSON header, tensor bytes. The header's `__metadata__["deltaworks"]` is the manifest: a
-record per parameter of the checkpoint. The arrays of the record `name` are stored as `name::array`:
+record per parameter of the checkpoint; its `__metadata__["sha256"]` is the digest of the rest of the header, so that with the
+digests in the records every byte of the file is covered. The arrays of the record `name` are stored as `name::array`:
 
 | kind | arrays |
 |---|---|
@@ -35,6 +36,7 @@ FORMAT = "deltaworks-delta"
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 64 << 20
 MANIFEST_KEY = "deltaworks"
+SEAL_KEY = "sha256"
 
 # safetensors dtype -> numpy; bf16 has no numpy type and is read as its bit pattern
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -137,8 +139,18 @@ class Artifact:
     def records(self) -> Mapping[str, Record]:
         return self.manifest.tensors
 
+    def sealed(self) -> bool:
+        """Whether the header is, byte for byte, the one that was written."""
+        if self._buffer is None:
+            raise ValueError(f"{self.path} is closed")
+        length = int.from_bytes(self._buffer[:8], "little")
+        stored = self._buffer[8 : 8 + length]
+        header = json.loads(stored)
+        header["__metadata__"].pop(SEAL_KEY, None)
+        return stored == encode_header(header)
+
     def array(self, key: str) -> Array:
-        """The array stored under `key`, without a copy; bf16 as uint16 bit patterns."""
+        """The array stored under `key`, without a copy where it lies aligned; bf16 as uint16 bit patterns."""
         if self._buffer is None:
             raise ValueError(f"{self.path} is closed")
         try:
@@ -147,7 +159,7 @@ class Artifact:
             raise ArtifactError(f"{self.path.name}: the array {key} is missing; the file is incomplete") from None
         dtype = DTYPES[slot.dtype]
         flat = np.frombuffer(self._buffer, dtype, (slot.end - slot.start) // dtype.itemsize, slot.start)
-        return flat.reshape(slot.shape)
+        return np.require(flat, requirements="A").reshape(slot.shape)
 
     def close(self) -> None:
         """Unmap the file, as soon as no array of it is in use."""
@@ -165,9 +177,15 @@ class Artifact:
         self.close()
 
 
-def array_sha256(array: Array) -> str:
-    """Digest of an array's bytes, as its record holds it."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+def encode_header(header: dict[str, Any]) -> bytes:
+    """The bytes of a header, in the one form that is written: sorted, compact, sealed, and padded to a multiple of 8."""
+    seal = hashlib.sha256(_compact(header)).hexdigest()
+    encoded = _compact(header | {"__metadata__": header["__metadata__"] | {SEAL_KEY: seal}})
+    return encoded + b" " * (-len(encoded) % 8)
+
+
+def _compact(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> tuple[int, dict[str, Any]]:

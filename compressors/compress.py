@@ -18,12 +18,11 @@ from compressors.artifact import Array, Kind, Manifest, Ratios, Record, Tokenize
 from compressors.errors import CheckpointError
 from compressors.fingerprint import fingerprint
 from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
-from compressors.layout import Part, is_embedding, projection_parts
+from compressors.layout import Part, is_buffer, is_embedding, projection_parts
 from compressors.ratios import Tally
 from compressors.tensors import Checkpoint
 from compressors.writer import ArtifactWriter
 
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers, not parameters
 _HEAD = "lm_head.weight"
 
 
@@ -189,8 +188,8 @@ def _half(values: torch.Tensor) -> Array:
 
 def _matched_names(old: Checkpoint, new: Checkpoint) -> list[str]:
     """Names of all parameters, the same in base and fine-tune except for a tied head. Raises CheckpointError."""
-    ours = {name for name in old.names if not name.endswith(_IGNORED_SUFFIXES)}
-    theirs = {name for name in new.names if not name.endswith(_IGNORED_SUFFIXES)}
+    ours = {name for name in old.names if not is_buffer(name)}
+    theirs = {name for name in new.names if not is_buffer(name)}
     missing = ours - theirs - ({_HEAD} if new.config.get("tie_word_embeddings") else set())
     if missing:
         raise CheckpointError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from compressors.artifact import Artifact, Record
+from compressors.artifact import Artifact
+from compressors.layout import is_projection
 
-PROJECTION_KINDS = ("impart", "lowrank")
+_VALUES = ("u_vals", "v_vals", "a", "b", "delta")
 
 
 @dataclass
@@ -28,26 +30,16 @@ class Tally:
 
 
 def recount(artifact: Artifact) -> Tally:
-    """The tally of a delta file, from its arrays alone."""
+    """The tally of a delta file, from its records and arrays alone."""
     tally = Tally()
     for name, record in artifact.records.items():
-        count = 1
-        for extent in record.shape:
-            count *= extent
+        count = math.prod(record.shape)
         tally.dense_bytes += 0 if record.tied_to else 2 * count
-        if not is_projection(name, record):
+        if not ("#" in name or is_projection(name, len(record.shape))):
             continue
         tally.projection_values += count
-        for key, slot in artifact.slots.items():
-            if key.startswith(f"{name}::"):
-                tally.projection_bytes += slot.end - slot.start
-                if key.rpartition("::")[2] in ("u_vals", "v_vals", "a", "b", "delta"):
-                    tally.kept_values += artifact.array(key).size
+        for key in record.sha256:
+            array = artifact.array(f"{name}::{key}")
+            tally.projection_bytes += array.nbytes
+            tally.kept_values += array.size if key in _VALUES else 0
     return tally
-
-
-def is_projection(name: str, record: Record) -> bool:
-    """Whether a record is a projection's: stored as factors, or a matrix that is no vocabulary table."""
-    from compressors.layout import is_embedding
-
-    return record.kind in PROJECTION_KINDS or (len(record.shape) == 2 and not is_embedding(name.partition("#")[0]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 
 from compressors.artifact import Array, Artifact, Manifest, Record
 from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
-from compressors.layout import projection_parts, stored_name
+from compressors.layout import is_buffer, stored_name
 
 KNOWN_METHODS = ("impart",)
 _ARRAYS = {
@@ -64,6 +66,10 @@ def verify(
         _check_keys(artifact)
         for name, record in artifact.records.items():
             _check_record(artifact, name, record)
+        if not artifact.sealed():
+            raise ArtifactError(
+                "the header does not match its digest: the manifest or an offset was changed or damaged"
+            )
         checks += ["records", "digests", "finite"]
     return Report(_file_sha256(path), path.stat().st_size, manifest, tuple(checks))
 
@@ -96,14 +102,25 @@ def _check_shapes(records: Mapping[str, Record], base_shapes: Mapping[str, tuple
         if record.kind == "rows":
             fits = record.shape[1:] == shape[1:] and record.shape[0] >= shape[0]
         else:
-            parts = {part.name: part.shape for part in projection_parts(stored, shape, {})}
-            fits = record.shape in (shape, shape[::-1]) or "#" in name or record.shape == parts.get(name)
+            fits = "#" in name or record.shape in (shape, shape[::-1])  # a Conv1D is stored transposed
         if not fits:
             raise BaseMismatchError(f"{name} has shape {list(record.shape)}, but {list(shape)} in the base")
+    for stored, count in _part_values(records).items():
+        if count != math.prod(base_shapes[stored]):
+            raise BaseMismatchError(f"the parts of {stored} do not add up to its shape {list(base_shapes[stored])}")
     missing = set(base_shapes) - {stored_name(name) for name in records} - {"lm_head.weight"}
-    missing = {name for name in missing if not name.endswith(("inv_freq", ".attn.bias", ".attn.masked_bias"))}
+    missing = {name for name in missing if not is_buffer(name)}
     if missing:
         raise ArtifactError(f"the delta has no record of {min(missing)} ({len(missing)} tensors missing)")
+
+
+def _part_values(records: Mapping[str, Record]) -> dict[str, int]:
+    """Values in all parts of each split parameter."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, record in records.items():
+        if "#" in name:
+            counts[stored_name(name)] += math.prod(record.shape)
+    return counts
 
 
 def _check_keys(artifact: Artifact) -> None:

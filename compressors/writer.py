@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from compressors.artifact import DTYPE_NAMES, MANIFEST_KEY, Array, Manifest, Ratios
+from compressors.artifact import DTYPE_NAMES, MANIFEST_KEY, Array, Manifest, Ratios, encode_header
 
 
 class ArtifactWriter:
@@ -66,9 +65,9 @@ class ArtifactWriter:
         return manifest
 
     def _encode(self, manifest: Manifest) -> bytes:
-        header = {"__metadata__": {MANIFEST_KEY: manifest.model_dump_json(), "format": "pt"}, **self._header}
-        encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-        return encoded + b" " * (-len(encoded) % 8)
+        return encode_header(
+            {"__metadata__": {MANIFEST_KEY: manifest.model_dump_json(), "format": "pt"}, **self._header}
+        )
 
     def __enter__(self) -> ArtifactWriter:
         return self
