@@ -42,14 +42,16 @@ def demo(folder: Path, port: int, once: bool) -> int:
         print(f"error: cannot read {folder}/demo.json: {error}", file=sys.stderr)
         return 1
     try:
-        with tempfile.TemporaryDirectory(prefix="deltaworks-demo-") as store:
-            with child_server(Path(store), ["--max-model-len", "2048"], port) as child:
-                child.wait_ready(_START_TIMEOUT_S, _show_waiting)
-                print()
-                _show(child, folder, description)
-                if not once:
-                    print("\nserving until Ctrl-C")
-                    child.process.wait()
+        with (
+            tempfile.TemporaryDirectory(prefix="deltaworks-demo-") as store,
+            child_server(Path(store), ["--max-model-len", "2048"], port) as child,
+        ):
+            child.wait_ready(_START_TIMEOUT_S, _show_waiting)
+            print()
+            _show(child, folder, description)
+            if not once:
+                print("\nserving until Ctrl-C")
+                child.process.wait()
     except KeyboardInterrupt:
         print("\nstopped")
     except (DemoError, ChildError, httpx.HTTPError) as error:

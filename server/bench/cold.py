@@ -14,7 +14,6 @@ from server.bench.report import Measurement
 from server.child import child_server
 from server.engine.base import EngineDelta
 
-
 _START_TIMEOUT_S = 600
 
 
