@@ -45,6 +45,8 @@ def test_disconnect_frees_row_lease_and_permit(live: Any, block_at: int, stream:
     if stream and block_at:
         assert b"base" in _read_until(connection, b"one")
     assert not live.house.idle()
+    if stream:  # prompt tokens count as queued until the first token is out
+        assert (live.house.context.admission.queued_tokens > 0) == (block_at == 0)
     connection.close()
     assert live.wait_idle(2)
     deadline = time.monotonic() + 2

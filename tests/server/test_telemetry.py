@@ -54,6 +54,9 @@ async def test_invented_names_and_paths_make_no_series(client: httpx.AsyncClient
 
     await flood("a")
     assert await flood("b") == await flood("c")
+    found = await scrape(client)
+    assert found[("deltaworks_requests_total", *sorted(("/v1/chat/completions", "404", "none", "false")))] == 60
+    assert found[("deltaworks_requests_total", *sorted(("unmatched", "404", "none", "false")))] == 60
 
 
 def test_delta_labels_are_bounded_and_forgotten() -> None:
