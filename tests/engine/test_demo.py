@@ -1,0 +1,156 @@
+"""The product on real input: the embedded base and the three demo deltas, behind HTTP, through the openai client."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressors.artifact import Artifact
+from compressors.base import default_base
+from compressors.decompress import delta_tensor
+from server.child import Child, child_server
+
+pytestmark = pytest.mark.engine
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+DESCRIPTION = json.loads((DEMO / "demo.json").read_text(encoding="utf-8"))
+BASE = "smollm2-135m-instruct"
+MODELS = [BASE, *(entry["name"] for entry in DESCRIPTION["deltas"])]
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Child]:
+    folder = tmp_path_factory.mktemp("demo-server")
+    with child_server(folder, ["--dtype", "float32", "--max-model-len", "1024"]) as child:
+        child.wait_ready(300)
+        with httpx.Client(base_url=child.url, headers=child.admin_headers, timeout=60) as client:
+            for entry in DESCRIPTION["deltas"]:
+                form = {"name": entry["name"], "sha256": entry["sha256"]}
+                files = {"file": (DEMO / entry["file"]).read_bytes()}
+                assert client.post("/v1/admin/deltas", data=form, files=files).status_code == 201
+        yield child
+
+
+def ask(client, model, question, **extra):
+    return client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, **{"max_tokens": 48, **extra}
+    )
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_every_delta_shows_its_effect_and_the_base_does_not(client):
+    answers = {model: ask(client, model, "What is the capital of France?").choices[0].message.content for model in MODELS}
+    assert set(json.loads(answers["json"])) == {"topic", "answer"}
+    assert "Paris" in answers["json"]
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(answers[BASE])
+    assert len(set(answers.values())) >= 3
+
+
+def test_sixteen_concurrent_requests_stream_what_they_answer_alone(server, client):
+    questions = DESCRIPTION["questions"][:2]
+    alone = {(m, q): ask(client, m, q).choices[0].message.content for m in MODELS for q in questions}
+
+    async def streamed(source, model, question):
+        stream = await ask(source, model, question, stream=True, stream_options={"include_usage": True})
+        text, finish, usage = "", None, None
+        async for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                finish = choice.finish_reason or finish
+        assert finish in ("stop", "length")
+        assert usage.completion_tokens > 0
+        return (model, question), text
+
+    async def all_at_once():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as source:
+            return await asyncio.gather(*(streamed(source, m, q) for m in MODELS for q in questions for _ in range(2)))
+
+    rows = asyncio.run(all_at_once())
+    assert len(rows) == 16
+    assert all(text == alone[key] for key, text in rows)
+
+
+def test_served_tokens_and_logprobs_equal_the_merged_model(client):
+    """fp32, greedy; transformers with W + decompressed delta is the oracle."""
+    tokenizer = AutoTokenizer.from_pretrained(default_base(progress=False))
+    question = DESCRIPTION["questions"][0]
+    for model in MODELS:
+        reply = ask(client, model, question, logprobs=True, max_tokens=16)
+        served = [(entry.token, entry.logprob) for entry in reply.choices[0].logprobs.content]
+        expected = oracle(tokenizer, model, question, len(served))
+        assert [token for token, _ in served] == [token for token, _ in expected]
+        assert [logprob for _, logprob in served] == pytest.approx([logprob for _, logprob in expected], abs=1e-4)
+
+
+def oracle(tokenizer, name, question, count):
+    model = AutoModelForCausalLM.from_pretrained(default_base(progress=False), dtype=torch.float32)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        if name != BASE:
+            with Artifact.open(DEMO / f"{name}.safetensors") as artifact:
+                for key, record in artifact.records.items():
+                    if record.kind != "zero":
+                        weights[key] += delta_tensor(artifact, key)
+        prompt = f"{SYSTEM}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        found = []
+        for _ in range(count):
+            scores = model(ids).logits[0, -1].log_softmax(-1)
+            token = int(scores.argmax())
+            found.append((tokenizer.decode([token]), float(scores.max())))
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    return found
+
+
+def test_a_client_that_leaves_ends_its_row(server):
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 900, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            next(reply.iter_lines())
+            assert status(http, server)["rows_in_flight"] == 1
+            unload = http.post("/v1/admin/deltas/json/unload", headers=server.admin_headers)
+            assert unload.status_code == 409
+            assert unload.json()["error"]["code"] == "delta_in_use"
+        for _ in range(50):
+            if status(http, server)["rows_in_flight"] == 0:
+                break
+        assert status(http, server)["rows_in_flight"] == 0
+        assert http.post("/v1/admin/deltas/json/unload", headers=server.admin_headers).status_code == 200
+
+
+def status(http, server):
+    return http.get("/v1/admin/status", headers=server.admin_headers).json()
+
+
+def test_the_quick_start_of_the_readme(tmp_path):
+    """`make demo` is this command."""
+    run = subprocess.run(
+        [sys.executable, "-m", "server.cli", "demo", "--once", "--port", "18231", "--deltas", str(DEMO)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for entry in DESCRIPTION["deltas"]:
+        assert f"uploaded and loaded {entry['name']}" in run.stdout
+    for question in DESCRIPTION["questions"]:
+        assert f"> {question}" in run.stdout
+    assert "tokens/s over one mixed batch" in run.stdout
+    assert "curl -s http://127.0.0.1:18231/v1/chat/completions" in run.stdout
