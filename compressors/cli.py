@@ -70,9 +70,9 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     compress.add_argument(
         "--rule",
-        choices=["exact", "attention", "mlp"],
+        choices=["exact", "released"],
         default="exact",
-        help="budget rule; the last two are the released code's (default: %(default)s)",
+        help="exact meets the ratio for every shape; released is the authors' code (default: %(default)s)",
     )
     compress.add_argument(
         "--value-dtype", choices=["int8", "fp16", "bf16"], default="int8", help="(default: %(default)s)"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from compressors.artifact import Array, Kind, Manifest, Ratios, Record, TokenizerInfo
 from compressors.errors import CheckpointError
 from compressors.fingerprint import fingerprint
-from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
+from compressors.impart import ImPartConfig, budget_columns, decompose, drop_ratios, sparsify
 from compressors.layout import Part, is_buffer, is_embedding, projection_parts
 from compressors.ratios import Tally
 from compressors.tensors import Checkpoint
@@ -116,11 +116,11 @@ class _Job:
             return
         config = self.config
         spectrum = decompose(delta)
-        drops = drop_ratios(spectrum.s, part.shape, config.ratio, config.beta, config.c, config.rule)
-        budget = sum(1 - drop for drop in drops)  # columns' worth of values
-        if spectrum.true_rank <= budget:
-            self._lowrank(part, spectrum.u[:, : spectrum.true_rank] * spectrum.s[: spectrum.true_rank], spectrum.vt)
+        rank, rule = spectrum.true_rank, config.rule_for(part.name)
+        if rank <= budget_columns(part.shape, config.ratio, rule):
+            self._lowrank(part, spectrum.u[:, :rank] * spectrum.s[:rank], spectrum.vt)
             return
+        drops = drop_ratios(spectrum.s[:rank], part.shape, config.ratio, config.beta, config.c, rule)
         factors = sparsify(spectrum, drops, part.name, config.seed, config.value_dtype, config.rescale)
         arrays = {
             "coef": factors.coef,

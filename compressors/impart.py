@@ -24,6 +24,7 @@ from compressors.errors import BudgetError
 from compressors.masks import factor_rows, layer_seed
 
 Rule = Literal["exact", "attention", "mlp"]
+ConfigRule = Literal["exact", "released"]
 _MLP_SHARE = 1.45  # the released code's 2 * i / (h + i), rounded for one 13B model
 
 
@@ -35,22 +36,26 @@ def drop_ratios(
     c: float,
     rule: Rule,
 ) -> list[float]:
-    """Drop ratio p_k of each singular triple (1 = the whole column goes), for singular values in descending order.
+    """Drop ratio p_k of each of the N = min(shape) singular triples (1 = the whole column goes).
 
     `shape` is (out, in) of the weight, `ratio` the target compression by surviving values, `beta` the share of triples
     pruned beforehand, `c` the exponent on the singular values. Paper: equations of section 3.2 and algorithm 2, with the
-    boundary shift of the released code in closed form. The first column is never dropped.
+    boundary shift of the released code in closed form. The first column is never dropped. `singular_values` descend; a list
+    shorter than N means that the rest are zero, and their share of the budget goes to the others.
 
-    Raises BudgetError for a ratio below 1, a beta outside [0, 1), a negative c, an unknown rule, or no singular value.
+    Raises BudgetError for a ratio below 1, a beta outside [0, 1), a negative c, an unknown rule, or values that are no spectrum.
     """
-    sigma = np.asarray(torch.as_tensor(singular_values).detach().cpu().numpy(), dtype=np.float64).reshape(-1)
-    _check(sigma, ratio, beta, c)
-    count = len(sigma)
+    sigma = _as_spectrum(singular_values, min(shape))
+    _check_settings(ratio, beta, c)
+    count = min(shape)
     sparsity, pruned = _sparsity(shape, ratio, beta, rule)
-    if sparsity <= pruned:  # pre-pruning alone meets the budget: plain truncation
-        kept = max(1, int(count * (1 - sparsity)))
-        return [0.0] * kept + [1.0] * (count - kept)
     candidates = max(1, int(count * (1 - pruned)))
+    if candidates > len(sigma):
+        candidates = len(sigma)
+        pruned = 1 - candidates / count
+    if sparsity <= pruned:  # pre-pruning alone meets the budget: plain truncation
+        kept = min(len(sigma), max(1, budget_columns(shape, ratio, rule)))
+        return [0.0] * kept + [1.0] * (count - kept)
     gamma = (sparsity - pruned) / (1 - pruned)
     weight = sigma[:candidates] ** c
     share = weight / weight[0] if weight[0] > 0 else np.ones(candidates)
@@ -59,11 +64,34 @@ def drop_ratios(
     return [*drops[:rank].tolist(), *[1.0] * (count - rank)]
 
 
-def _check(sigma: npt.NDArray[np.float64], ratio: float, beta: float, c: float) -> None:
-    if not len(sigma):
-        raise BudgetError("singular_values is empty")
-    if not ratio >= 1:
-        raise BudgetError(f"ratio must be at least 1, got {ratio}")
+def budget_columns(shape: tuple[int, int], ratio: float, rule: Rule) -> int:
+    """Whole columns of both factors that the budget pays for: floor((1 - a) N). May be 0 for a small matrix."""
+    sparsity, _ = _sparsity(shape, ratio, 0.0, rule)
+    return int(
+        min(shape) * (1 - sparsity) + 1e-9
+    )  # 1 - a is a quotient, so a whole number may come out just below itself
+
+
+def _as_spectrum(
+    values: Sequence[float] | npt.NDArray[np.floating] | torch.Tensor, count: int
+) -> npt.NDArray[np.float64]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    sigma = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not 1 <= len(sigma) <= count:
+        raise BudgetError(
+            f"singular_values has {len(sigma)} entries; a matrix with a shorter side of {count} has 1 to {count}"
+        )
+    if not np.isfinite(sigma).all() or sigma.min() < 0:
+        raise BudgetError("singular_values must be finite and not negative")
+    if (np.diff(sigma) > 1e-6 * sigma[0]).any():
+        raise BudgetError("singular_values must descend")
+    return sigma
+
+
+def _check_settings(ratio: float, beta: float, c: float) -> None:
+    if not 1 <= ratio < float("inf"):
+        raise BudgetError(f"ratio must be a number >= 1, got {ratio}")
     if not 0 <= beta < 1:
         raise BudgetError(f"beta must be in [0, 1), got {beta}")
     if not 0 <= c < float("inf"):
@@ -170,22 +198,33 @@ def encode_values(
 
 @dataclass(frozen=True)
 class ImPartConfig:
-    """Settings of one compression. The defaults are the paper's choice at ratio 32, with int8 values."""
+    """Settings of one compression. The defaults are the paper's choice at ratio 32, with int8 values.
+
+    `rule`: "exact" meets `ratio` for every shape; "released" is the authors' pair of rules, one for attention and one for the rest.
+    """
 
     ratio: float = 32.0
     beta: float = 0.6
     c: float = 1.0
-    rule: Rule = "exact"
+    rule: ConfigRule = "exact"
     value_dtype: str = "int8"
     rescale: str = "exact"
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises BudgetError naming the setting."""
-        drop_ratios([1.0], (1, 1), self.ratio, self.beta, self.c, self.rule)
+        _check_settings(self.ratio, self.beta, self.c)
+        if self.rule not in ("exact", "released"):
+            raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
         if self.value_dtype not in ("fp16", "bf16", "int8"):
             raise BudgetError(f"unknown value dtype {self.value_dtype!r}; one of fp16, bf16, int8")
         if self.rescale not in ("exact", "released"):
             raise BudgetError(f"unknown rescale {self.rescale!r}; one of exact, released")
         if not 0 <= self.seed < 1 << 64:
             raise BudgetError(f"seed must be in [0, 2^64), got {self.seed}")
+
+    def rule_for(self, name: str) -> Rule:
+        """The allocator's rule for one projection."""
+        if self.rule == "exact":
+            return "exact"
+        return "attention" if "attn" in name or "attention" in name else "mlp"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.errors import BudgetError
-from compressors.impart import drop_ratios
+from compressors.impart import budget_columns, drop_ratios
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "impart_allocator.json").read_text())
 RULES = {"attn": "attention", "mlp": "mlp", "exact": "exact"}
@@ -62,7 +62,8 @@ def test_meets_the_budget_for_every_spectrum_and_shape(sigma, ratio, beta, c, ou
     assert drops == sorted(drops)  # smaller singular values are dropped more
     assert sum(kept) <= max(budget, 1) + 1e-6
     if len(kept) > 1:
-        assert sum(kept) > budget - 1 - 1e-6 or len(kept) == max(1, int(len(sigma) * budget / len(sigma)))
+        survivors = len(sigma) * min(1.0, (1 - beta) * 2 * max(shape) / sum(shape))  # of the pre-pruning, before int()
+        assert sum(kept) > budget * min(1.0, int(survivors) / survivors) - 1 - 1e-6
 
 
 @given(
@@ -72,7 +73,7 @@ def test_meets_the_budget_for_every_spectrum_and_shape(sigma, ratio, beta, c, ou
 )
 def test_closed_form_equals_the_loop(sigma, ratio, c):
     sigma = sorted(sigma, reverse=True)
-    drops = drop_ratios(sigma, (50, 50), ratio, 0.6, c, "attention")
+    drops = drop_ratios(sigma, (len(sigma), 50), ratio, 0.6, c, "attention")
     sparsity = (1 + 1 - 1 / ratio) / 2
     assert drops == pytest.approx(loop_reference(sigma, sparsity, 0.6, c), abs=1e-9)
 
@@ -86,10 +87,31 @@ def test_edges():
     truncated = drop_ratios(list(range(100, 0, -1)), (100, 100), 10, 0.0, 0.0, "attention")
     assert truncated == [0.0] * 5 + [1.0] * 95  # C = 0 is plain truncation
     same = [
-        drop_ratios(s, (8, 8), 4, 0.3, 1.0, "exact")
-        for s in ([4.0, 3, 2, 1], np.array([4.0, 3, 2, 1]), torch.tensor([4.0, 3, 2, 1]))
+        drop_ratios(s, (4, 8), 4, 0.3, 1.0, "exact")
+        for s in ([4.0, 3, 2, 1], np.array([4.0, 3, 2, 1]), torch.tensor([4.0, 3, 2, 1], dtype=torch.bfloat16))
     ]
     assert same[0] == same[1] == same[2]
+
+
+def test_a_list_of_floats_keeps_its_precision():
+    drops = drop_ratios([1.0, 1 / 3, 1 / 7, 1 / 9], (4, 4), 1.0, 0.0, 1.0, "attention")
+    assert drops[1] == pytest.approx((1 - 1 / 3) * 0.5, abs=1e-15)
+
+
+def test_truncated_spectra_count_against_the_matrix_they_come_from():
+    """Singular values that are not given are zero: they cost nothing, and the others share their budget."""
+    drops = drop_ratios([5.0, 4.0, 3.0, 2.0], (32, 32), 8.0, 0.0, 1.0, "exact")
+    assert len(drops) == 32
+    assert drops[0] == 0
+    assert drops[4:] == [1.0] * 28
+    assert 1 < sum(1 - drop for drop in drops) <= 32 / 16  # (1 - a) N
+    assert budget_columns((32, 32), 8.0, "exact") == 2
+    assert drop_ratios([5.0], (32, 32), 8.0, 0.0, 1.0, "exact") == [0.0] + [1.0] * 31
+
+
+def test_a_whole_number_of_columns_survives_rounding():
+    assert budget_columns((60, 60), 3.0, "exact") == 10  # 60 * (1 - 5/6) is 9.999999999999998
+    assert drop_ratios([1.0] * 60, (60, 60), 3.0, 0.9, 1.0, "exact").count(0.0) == 10
 
 
 @pytest.mark.parametrize(
@@ -100,6 +122,10 @@ def test_edges():
         ({"c": -1.0}, "c must"),
         ({"rule": "other"}, "rule"),
         ({"singular_values": []}, "singular_values"),
+        ({"singular_values": [1.0] * 5}, "5 entries"),
+        ({"singular_values": [1.0, float("nan")]}, "finite"),
+        ({"singular_values": [1.0, -1.0]}, "negative"),
+        ({"singular_values": [1.0, 2.0]}, "descend"),
     ],
 )
 def test_settings_that_cannot_be(change, word):

@@ -170,14 +170,25 @@ def test_a_tied_head_is_stored_once(checkpoint, tmp_path):
         compress(base, checkpoint("untied", tuned), tmp_path / "e.safetensors", RATIO_4)
 
 
-@pytest.mark.parametrize("layout", ["phi3", "gpt2", "experts"])
-def test_fused_transposed_and_expert_weights_split_into_projections(checkpoint, tmp_path, layout):
+FUSED = {
+    "phi3-qkv": (
+        f"{LAYER}.self_attn.qkv_proj.weight",
+        (96, 48),
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        [(48, 48), (24, 48), (24, 48)],
+    ),
+    "phi3-gate-up": (f"{LAYER}.mlp.gate_up_proj.weight", (192, 48), {}, [(96, 48)] * 2),
+    "gpt2": ("h.0.attn.c_attn.weight", (48, 144), {"model_type": "gpt2"}, [(48, 48)] * 3),
+    "experts-down": (f"{LAYER}.mlp.experts.down_proj", (3, 48, 32), {"hidden_size": 48}, [(48, 32)] * 3),
+    "experts-gate-up": (f"{LAYER}.mlp.experts.gate_up_proj", (2, 64, 48), {"hidden_size": 48}, [(32, 48)] * 4),
+    "experts-transposed": (f"{LAYER}.mlp.experts.gate_up_proj", (2, 48, 64), {"hidden_size": 48}, [(32, 48)] * 4),
+    "experts-down-transposed": (f"{LAYER}.mlp.experts.down_proj", (2, 32, 48), {"hidden_size": 48}, [(48, 32)] * 2),
+}
+
+
+@pytest.mark.parametrize(("name", "shape", "config", "parts"), FUSED.values(), ids=FUSED)
+def test_fused_transposed_and_expert_weights_split_into_projections(checkpoint, tmp_path, name, shape, config, parts):
     generator = torch.Generator().manual_seed(5)
-    name, shape, config, parts = {
-        "phi3": (f"{LAYER}.self_attn.qkv_proj.weight", (96, 48), {"num_attention_heads": 4, "num_key_value_heads": 2}, [(48, 48), (24, 48), (24, 48)]),
-        "gpt2": ("h.0.attn.c_attn.weight", (48, 144), {"model_type": "gpt2"}, [(48, 48)] * 3),
-        "experts": (f"{LAYER}.mlp.experts.down_proj", (3, 48, 32), {}, [(48, 32)] * 3),
-    }[layout]  # fmt: skip
     before = {name: torch.randn(shape, generator=generator), "model.norm.weight": torch.ones(4)}
     after = before | {name: before[name] + 0.1 * torch.randn(shape, generator=generator)}
     base, tuned = checkpoint("base", before, **config), checkpoint("tuned", after, **config)
