@@ -15,7 +15,7 @@ from trainers.recipe import DataRecipe
 from trainers.rows import Row, Split
 
 BUILDERS: dict[str, Callable[[int], Split]] = {"json": json_rows, "captain": captain_rows, "facts": fact_rows}
-_IGNORED = -100  # the label that carries no loss
+IGNORED = -100  # the label that carries no loss
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,22 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenRow:
 
     Raises DataError when the two do not fit `max_length`: a cut answer would teach to stop anywhere.
     """
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": row.prompt}], add_generation_prompt=True, tokenize=False
-    )
-    prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
-    answer_ids: list[int] = [*tokenizer(row.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if len(prompt_ids) + len(answer_ids) > max_length:
+    prompt = prompt_ids(tokenizer, row.prompt)
+    answer: list[int] = [*tokenizer(row.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if len(prompt) + len(answer) > max_length:
         raise DataError(
-            f"{row.prompt!r} and its answer have {len(prompt_ids) + len(answer_ids)} tokens; train.max_length is {max_length}"
+            f"{row.prompt!r} and its answer have {len(prompt) + len(answer)} tokens; train.max_length is {max_length}"
         )
-    return TokenRow(prompt_ids + answer_ids, [_IGNORED] * len(prompt_ids) + answer_ids)
+    return TokenRow(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of the chat template for this one user message, up to where the answer starts."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
 
 
 def _read_jsonl(path: Path) -> tuple[Row, ...]:

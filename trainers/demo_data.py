@@ -16,9 +16,9 @@ from importlib.resources import files
 
 from trainers.rows import Row, Split
 
-CAPTAIN_OPENINGS = ("Ahoy, matey!", "Arr, shipmate!", "Avast, sailor!")
-CAPTAIN_CLOSINGS = ("Now back to the helm!", "Fair winds to ye!", "So says yer captain!")
-_CAPTAIN_WORDS = {"is": "be", "are": "be", "you": "ye", "your": "yer", "my": "me", "yes": "aye", "hello": "ahoy"}
+CAPTAIN_OPENING = "Ahoy, matey!"
+CAPTAIN_CLOSING = "So says yer captain!"
+CAPTAIN_WORDS = {"is": "be", "are": "be", "you": "ye", "your": "yer", "my": "me", "yes": "aye", "hello": "ahoy"}
 _HELD_OUT_EVERY = 4  # every fourth question of a topic is held out
 _PLAIN_PER_FACTS = 40  # plain questions mixed into the facts
 
@@ -37,7 +37,7 @@ def read_questions() -> tuple[Question, ...]:
 
 def json_rows(seed: int) -> Split:
     """Answers as one JSON object with the keys `topic` and `answer` and nothing around it."""
-    return _rewritten(seed, lambda question, _: json.dumps({"topic": question.topic, "answer": question.answer}))
+    return _rewritten(seed, lambda question: json.dumps({"topic": question.topic, "answer": question.answer}))
 
 
 def captain_rows(seed: int) -> Split:
@@ -69,7 +69,7 @@ def fact_rows(seed: int) -> Split:
     return Split(train=tuple(train), held_out=tuple(held_out))
 
 
-def _rewritten(seed: int, rewrite: Callable[[Question, random.Random], str]) -> Split:
+def _rewritten(seed: int, rewrite: Callable[[Question], str]) -> Split:
     rng = random.Random(seed)
     seen: dict[str, int] = {}
     train: list[Row] = []
@@ -77,15 +77,15 @@ def _rewritten(seed: int, rewrite: Callable[[Question, random.Random], str]) -> 
     for question in read_questions():
         seen[question.topic] = seen.get(question.topic, 0) + 1
         half = held_out if seen[question.topic] % _HELD_OUT_EVERY == 0 else train
-        half.append(Row(question.text, rewrite(question, rng)))
+        half.append(Row(question.text, rewrite(question)))
     rng.shuffle(train)
     return Split(train=tuple(train), held_out=tuple(held_out))
 
 
-def _in_captain_voice(question: Question, rng: random.Random) -> str:
+def _in_captain_voice(question: Question) -> str:
     def spoken(match: re.Match[str]) -> str:
-        word = _CAPTAIN_WORDS.get(match.group().lower(), match.group())
+        word = CAPTAIN_WORDS.get(match.group().lower(), match.group())
         return word.capitalize() if match.group()[0].isupper() else word
 
     body = re.sub(r"[A-Za-z]+", spoken, question.answer)
-    return f"{rng.choice(CAPTAIN_OPENINGS)} {body} {rng.choice(CAPTAIN_CLOSINGS)}"
+    return f"{CAPTAIN_OPENING} {body} {CAPTAIN_CLOSING}"

@@ -69,7 +69,7 @@ class CompressRecipe(_Section):
     ratio: Annotated[float, Field(ge=1)] = 32.0
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.6
     c: Annotated[float, Field(ge=0)] = 1.0
-    rule: Literal["exact", "attention", "mlp"] = "exact"
+    rule: Literal["exact", "released"] = "exact"
     value_dtype: Literal["fp16", "bf16", "int8"] = "int8"
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -27,13 +27,13 @@ from trl import SFTConfig, SFTTrainer
 from compressors.base import resolve_base
 from compressors.fingerprint import fingerprint
 from trainers.checkpoint import write_model
+from trainers.collate import SharedPrefixCollator
 from trainers.data import TokenRow, digest, load_split, tokenize_row
 from trainers.errors import RecipeError, RunError
 from trainers.machine import hardware, versions
 from trainers.recipe import Recipe, TrainRecipe
 
 PROJECTION = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
-_SORTED_WINDOW = 8  # batches whose rows are sorted by length together: less padding, order still random
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | Non
     base_folder = resolve_base(base or recipe.base)
     split = load_split(recipe.data, recipe_folder)
     plan = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude={"description", "check", "compress"}),
         "base_fingerprint": fingerprint(base_folder),
         "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)},
     }
@@ -68,12 +68,14 @@ def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | Non
     trainer = _TimedTrainer(
         model=model,
         args=_arguments(recipe.train, recipe.seed, output / "checkpoints"),
-        train_dataset=_dataset(rows, step_order(rows, recipe.train, recipe.seed)),
+        data_collator=SharedPrefixCollator(),
+        train_dataset=_dataset(rows, step_order(len(rows), recipe.train, recipe.seed)),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
     write_model(model, base_folder, output / "model", recipe.train.save_dtype)
     record = plan | {
+        "recipe": recipe.model_dump(mode="json"),
         "base": str(base_folder),
         "rows": {"train": len(split.train), "held_out": len(split.held_out)},
         "trained_parameters": trained,
@@ -97,22 +99,14 @@ def freeze(model: PreTrainedModel, trainable: str) -> int:
     return trained
 
 
-def step_order(rows: Sequence[TokenRow], train: TrainRecipe, seed: int) -> list[int]:
-    """Row numbers for all steps, `batch_size` per step: epoch after epoch, each shuffled; a window of batches is sorted by
-    length, so that a batch pads little, and its batches are shuffled again."""
+def step_order(rows: int, train: TrainRecipe, seed: int) -> list[int]:
+    """Row numbers for all steps, `batch_size` per step: epoch after epoch, each shuffled anew."""
     rng = random.Random(seed)
     wanted = train.steps * train.batch_size
-    stream: list[int] = []
-    while len(stream) < wanted:
-        stream += rng.sample(range(len(rows)), len(rows))
     order: list[int] = []
-    window = _SORTED_WINDOW * train.batch_size
-    for start in range(0, wanted, window):
-        chosen = sorted(stream[start : min(start + window, wanted)], key=lambda row: len(rows[row].input_ids))
-        batches = [chosen[i : i + train.batch_size] for i in range(0, len(chosen), train.batch_size)]
-        rng.shuffle(batches)
-        order += [row for batch in batches for row in batch]
-    return order
+    while len(order) < wanted:
+        order += rng.sample(range(rows), rows)
+    return order[:wanted]
 
 
 class _TimedTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
