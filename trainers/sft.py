@@ -33,6 +33,7 @@ from trainers.errors import RecipeError, RunError
 from trainers.machine import hardware, versions
 from trainers.recipe import Recipe, TrainRecipe
 
+_LOGGED = ("step", "loss", "grad_norm", "learning_rate", "elapsed_s")  # of TRL's log, what run.json keeps
 PROJECTION = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
 
 
@@ -79,7 +80,7 @@ def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | Non
         "base": str(base_folder),
         "rows": {"train": len(split.train), "held_out": len(split.held_out)},
         "trained_parameters": trained,
-        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [{key: entry[key] for key in _LOGGED} for entry in trainer.state.log_history if "loss" in entry],
         "wall_s": round(trainer.elapsed_s(), 1),
         "versions": versions(),
         "hardware": hardware(),
@@ -127,6 +128,7 @@ class _TimedTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["elapsed_s"] = round(self.elapsed_s(), 1)
+        self._metrics["train"].pop("num_tokens", None)  # counted from the mask, which here is a matrix
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:

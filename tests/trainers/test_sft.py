@@ -1,0 +1,156 @@
+"""Fine-tuning end to end on a tiny model: what changes, what does not, and that an interruption leaves no trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainers.collate import SharedPrefixCollator
+from trainers.data import IGNORED, TokenRow, tokenize_row
+from trainers.errors import DataError, RunError
+from trainers.recipe import load_recipe
+from trainers.rows import Row
+from trainers.sft import PROJECTION, freeze, step_order, train_sft
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _losses(record: dict[str, object]) -> list[float]:
+    return [float(entry["loss"]) for entry in record["losses"]]  # type: ignore[attr-defined]
+
+
+def test_loss_falls_and_only_projections_change(recipe_file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    run = train_sft(load_recipe(recipe_file), recipe_file.parent, tmp_path / "run")
+    losses = _losses(run.record)
+    assert len(losses) == 8
+    assert losses[-1] < 0.7 * losses[0]
+    base, tuned = load_file(tiny_base / "model.safetensors"), load_file(run.model / "model.safetensors")
+    assert set(base) == set(tuned)
+    for name, weight in base.items():
+        assert tuned[name].dtype == torch.float32
+        changed = not torch.equal(tuned[name], weight.float())
+        assert changed == bool(PROJECTION.search(name)), name
+    assert (run.model / "chat_template.jinja").read_bytes() == (tiny_base / "chat_template.jinja").read_bytes()
+    AutoModelForCausalLM.from_pretrained(run.model)
+
+
+def test_run_json_is_enough_to_repeat_the_run(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    train_sft(recipe, recipe_file.parent, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["recipe"] == recipe.model_dump(mode="json")
+    assert record["base_fingerprint"].startswith("sha256:")
+    assert set(record["data_sha256"]) == {"train", "held_out"}
+    assert record["rows"] == {"train": 6, "held_out": 2}
+    assert {"python", "torch", "trl", "transformers"} <= set(record["versions"])
+    assert {"cpu", "cores", "torch_threads", "memory_nbytes", "gpu"} == set(record["hardware"])
+    assert record["trained_parameters"] > 0
+    assert record["wall_s"] > 0
+    assert [entry["step"] for entry in record["losses"]] == list(range(1, 9))
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file)
+    whole = train_sft(recipe, recipe_file.parent, tmp_path / "whole")
+    _interrupt_at(monkeypatch, step=6)
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(recipe, recipe_file.parent, tmp_path / "broken")
+    monkeypatch.undo()
+    assert not (tmp_path / "broken" / "model").exists()
+    resumed = train_sft(recipe, recipe_file.parent, tmp_path / "broken", resume=True)
+    assert _losses(resumed.record) == _losses(whole.record)
+    expected, found = (load_file(run.model / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    again = train_sft(recipe, recipe_file.parent, tmp_path / "broken", resume=True)
+    assert again.record == resumed.record
+
+
+def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C in the collator of the `step`-th batch: nothing else in the loop is changed."""
+    called = iter(range(1, 1000))
+    collate = SharedPrefixCollator.__call__
+
+    def interrupted(self, rows):  # type: ignore[no-untyped-def]
+        if next(called) == step:
+            raise KeyboardInterrupt
+        return collate(self, rows)
+
+    monkeypatch.setattr(SharedPrefixCollator, "__call__", interrupted)
+
+
+def test_another_run_in_the_folder_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "plan.json").write_text(json.dumps({"recipe": {}, "base_fingerprint": "sha256:0", "data_sha256": {}}))
+    with pytest.raises(RunError, match="already holds a run"):
+        train_sft(load_recipe(recipe_file), recipe_file.parent, output)
+    with pytest.raises(RunError, match="another run"):
+        train_sft(load_recipe(recipe_file), recipe_file.parent, output, resume=True)
+
+
+def test_a_shared_prefix_gives_the_loss_and_gradient_of_separate_rows(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    freeze(model, "projections")
+    rows = [tokenize_row(tokenizer, Row(text, text.upper()), 99) for text in ("hello", "hi", "what now", "what else")]
+    batch = SharedPrefixCollator()([vars(row) for row in rows])
+    count = sum(label != IGNORED for row in rows for label in row.labels)
+    assert batch["input_ids"].shape[1] < sum(len(row.input_ids) for row in rows)
+    assert int((batch["labels"] != IGNORED).sum()) == count
+
+    def backward(loss: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    shared = _loss_sum(model, **batch) / count
+    separate = (
+        sum(
+            _loss_sum(model, input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])) for row in rows
+        )
+        / count
+    )
+    torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backward(shared), backward(separate), rtol=1e-4, atol=1e-6)
+
+
+def _loss_sum(model: torch.nn.Module, **batch: torch.Tensor) -> torch.Tensor:
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+    )
+
+
+def test_rows_are_rendered_as_the_chat_template_does_and_never_cut(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    row = tokenize_row(tokenizer, Row("hi", "yes"), 99)
+    prompt = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(row.input_ids) == prompt + "yes<|im_end|>"
+    assert tokenizer.decode([label for label in row.labels if label != IGNORED]) == "yes<|im_end|>"
+    with pytest.raises(DataError, match="max_length"):
+        tokenize_row(tokenizer, Row("hi", "yes"), len(row.input_ids) - 1)
+
+
+def test_every_row_comes_once_an_epoch(recipe_file: Path) -> None:
+    train = load_recipe(recipe_file).train
+    order = step_order(16, train, seed=1)
+    assert sorted(order) == sorted([*range(16), *range(16)])
+    assert order == step_order(16, train, seed=1) != step_order(16, train, seed=2)
+
+
+def test_rows_without_a_common_beginning_are_packed_too() -> None:
+    rows = [TokenRow([1, 2, 3], [IGNORED, 2, 3]), TokenRow([4, 5], [IGNORED, 5])]
+    batch = SharedPrefixCollator()([vars(row) for row in rows])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
+    assert batch["attention_mask"][0, 0].tolist()[3] == [False, False, False, True, False]
