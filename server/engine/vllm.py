@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import itertools
 import os
 from collections.abc import AsyncGenerator, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _MAX_CPU_KV_BYTES = 4 << 30
+_STOP_TIMEOUT_S = 20
 
 
 class VLLMEngine:
@@ -54,7 +56,10 @@ class VLLMEngine:
         """End vLLM's processes."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.shutdown()  # on the loop: vLLM's reader task must not run between the engine's end and its own
+            # On the loop: vLLM's reader task must not run between the engine's end and its own.
+            llm.shutdown(timeout=_STOP_TIMEOUT_S)
+            del llm
+            gc.collect()  # its finaliser fails when left to the interpreter's end
 
     @property
     def max_model_len(self) -> int:

@@ -53,7 +53,9 @@ def client(server) -> Iterator[openai.OpenAI]:
 
 
 def test_every_delta_shows_its_effect_and_the_base_does_not(client):
-    answers = {model: ask(client, model, "What is the capital of France?").choices[0].message.content for model in MODELS}
+    answers = {
+        model: ask(client, model, "What is the capital of France?").choices[0].message.content for model in MODELS
+    }
     assert set(json.loads(answers["json"])) == {"topic", "answer"}
     assert "Paris" in answers["json"]
     with pytest.raises(ValueError, match="Expecting value"):

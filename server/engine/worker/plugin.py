@@ -28,6 +28,8 @@ def choose_manager(vllm_config: VllmConfig, device: torch.device, embedding_modu
         return LRUCacheWorkerLoRAManager(vllm_config, device, embedding_modules)
     from server.engine.worker import compat
     from server.engine.worker.manager import DeltaManager
+    from server.engine.worker.orphan import end_with_parent
 
     compat.check()
+    end_with_parent()
     return DeltaManager(vllm_config, device, settings[CONFIG_KEY])

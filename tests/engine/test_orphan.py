@@ -1,0 +1,46 @@
+"""An engine process ends when its parent is killed without a word."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+from server.engine.worker.orphan import end_with_parent
+
+
+def engine(pipe) -> None:
+    assert end_with_parent() is not None
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+def gateway(pipe) -> None:
+    multiprocessing.get_context("spawn").Process(target=engine, args=(pipe,)).start()
+    time.sleep(60)
+
+
+def test_a_killed_gateway_takes_its_engine_along():
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    parent = spawn.Process(target=gateway, args=(theirs,))
+    parent.start()
+    assert ours.poll(30)
+    child = ours.recv()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and alive(child):
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_main_process_is_left_alone():
+    assert end_with_parent() is None
