@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from compressors.artifact import Array, Artifact
-from compressors.errors import ArtifactError, BaseMismatchError
-from compressors.fingerprint import fingerprint
+from compressors.fingerprint import INDEX, fingerprint
 from compressors.layout import projection_parts
 from compressors.masks import factor_rows, layer_seed
 from compressors.tensors import Checkpoint
+from compressors.verify import verify
 
 _SHARD_BYTES = 2 << 30
+_COPIED = (".json", ".jinja", ".txt", ".model")  # configuration and tokenizer
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,83 +61,97 @@ def decompress(artifact_path: Path, base: Path, out: Path, dtype: str = "bf16", 
     """Write base + delta as a Hugging Face folder `out`, which must not exist yet.
 
     `dtype`: fp32, bf16 or fp16. bf16 rounds the sum, which costs about 1 % of a typical delta; the gateway does not.
-    Raises BaseMismatchError, ArtifactError, CheckpointError; `out` is whole or absent.
+    The tokenizer's files are the base's. Raises BaseMismatchError, ArtifactError, CheckpointError, FileExistsError; `out` is
+    whole or absent.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; name a new folder")
-    with Artifact.open(artifact_path) as artifact, Checkpoint(base) as old:
-        found = fingerprint(base)
-        if found != artifact.manifest.base_fingerprint:
-            raise BaseMismatchError(
-                f"{artifact_path.name} belongs to the base {artifact.manifest.base_fingerprint}, but {base} is {found}"
-            )
-        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            _write_weights(artifact, old, staging, _DTYPES[dtype], progress)
+    with Checkpoint(base) as old:
+        verify(artifact_path, fingerprint(base), {name: old.shape(name) for name in old.names})
+        with Artifact.open(artifact_path) as artifact, _staging(out) as staging:
+            _write_weights(artifact, old, staging, dtype, progress)
             for file in base.iterdir():
-                if (
-                    file.is_file()
-                    and not file.name.startswith("model")
-                    and file.suffix in (".json", ".jinja", ".txt", ".model")
-                ):
+                if file.is_file() and file.suffix in _COPIED and not file.name.startswith("model"):
                     shutil.copy(file, staging)
-            staging.chmod(0o755)
-            staging.rename(out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _write_config(artifact, old, staging, dtype)
 
 
-def _write_weights(artifact: Artifact, old: Checkpoint, folder: Path, dtype: torch.dtype, progress: bool) -> None:
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block ends without an error."""
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_weights(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str, progress: bool) -> None:
     """One file up to 2 GiB, else numbered shards with an index, so that one shard is in memory at a time."""
-    import json
+    shards = _shards(artifact, old, dtype)
+    weight_map: dict[str, str] = {}
+    total = 0
+    with tqdm(desc="decompressing", total=sum(map(len, shards)), unit="tensor", disable=not progress) as bar:
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {}
+            for name in names:
+                tensors[name] = _merged(artifact, name, old, dtype)
+                total += tensors[name].nbytes
+                bar.update()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size, total, weight_map = 0, 0, {}
-    stored: list[list[str]] = []
 
-    def flush() -> None:
-        save_file(shards[0], folder / f"model-{len(stored) + 1:05d}.safetensors", metadata={"format": "pt"})
-        stored.append(list(shards[0]))
-        shards[0] = {}
-
-    for name in tqdm(old.names, desc="decompressing", unit="tensor", disable=not progress):
-        tensor = old.tensor(name)
-        merged = _merged(artifact, name, old).to(dtype) if old.is_floating(name) else tensor
-        if shards[0] and size + merged.nbytes > _SHARD_BYTES:
-            flush()
+def _shards(artifact: Artifact, old: Checkpoint, dtype: str) -> list[list[str]]:
+    """Names of the base's tensors in groups of up to 2 GiB."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in old.names:
+        record = artifact.records.get(name)
+        nbytes = math.prod(record.shape if record else old.shape(name)) * _DTYPES[dtype].itemsize
+        if shards[-1] and size + nbytes > _SHARD_BYTES:
+            shards.append([])
             size = 0
-        shards[0][name] = merged.contiguous()
-        size += merged.nbytes
-        total += merged.nbytes
-    flush()
-    if len(stored) == 1:
-        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
-        return
-    for i, names in enumerate(stored):
-        file = f"model-{i + 1:05d}-of-{len(stored):05d}.safetensors"
-        (folder / f"model-{i + 1:05d}.safetensors").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+        shards[-1].append(name)
+        size += nbytes
+    return shards
 
 
-def _merged(artifact: Artifact, name: str, old: Checkpoint) -> torch.Tensor:
-    """Base tensor plus its delta, fp32."""
+def _merged(artifact: Artifact, name: str, old: Checkpoint, dtype: str) -> torch.Tensor:
+    """Base tensor plus its delta; tables of integers as they are."""
+    if not old.is_floating(name):
+        return old.tensor(name)
     weight = old.floats(name).clone()
+    record = artifact.records.get(name)
     parts = projection_parts(name, tuple(weight.shape), old.config)
-    for part in parts:
-        if part.name in artifact.records:
-            part.view(weight).add_(delta_tensor(artifact, part.name))
+    if record is not None and record.tied_to is not None:
+        return _merged(artifact, record.tied_to, old, dtype).clone()
+    if record is not None and record.kind == "rows":
+        grown = torch.zeros(record.shape)
+        grown[: weight.shape[0]] = weight
+        weight = grown
     if parts:
-        return weight
-    if name not in artifact.records:
-        raise ArtifactError(f"the delta has no record of {name}, which its base holds")
-    record = artifact.records[name]
-    if record.kind != "rows":
-        return weight + delta_tensor(artifact, name)
-    rows = torch.zeros(record.shape)
-    rows[: weight.shape[0]] = weight
-    return rows + delta_tensor(artifact, name)
+        for part in parts:
+            part.view(weight).add_(delta_tensor(artifact, part.name))
+    elif record is not None:
+        weight += delta_tensor(artifact, name)
+    return weight.to(_DTYPES[dtype]).contiguous()
+
+
+def _write_config(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str) -> None:
+    """The base's config.json with the fine-tune's vocabulary size and end tokens, and the dtype that was written."""
+    config = {key: value for key, value in old.config.items() if key != "dtype"}
+    config["torch_dtype"] = str(_DTYPES[dtype]).removeprefix("torch.")
+    told = artifact.manifest.tokenizer
+    changes = {"vocab_size": told.vocab_size, "eos_token_id": told.eos_token_id}
+    config |= {key: value for key, value in changes.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _floats(artifact: Artifact, key: str) -> torch.Tensor:

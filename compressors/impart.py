@@ -149,7 +149,11 @@ class Spectrum:
 
 def decompose(delta: torch.Tensor) -> Spectrum:
     """Spectrum of a delta [m, n]."""
-    u, s, vt = torch.linalg.svd(delta.float(), full_matrices=False)
+    if delta.shape[0] >= delta.shape[1]:
+        u, s, vt = torch.linalg.svd(delta.float(), full_matrices=False)
+    else:  # LAPACK is a third faster on tall matrices
+        v, s, ut = torch.linalg.svd(delta.float().T, full_matrices=False)
+        u, vt = ut.T, v.T
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
     sign = torch.where(largest < 0, -1.0, 1.0)
     return Spectrum(u * sign, s, vt * sign[:, None])

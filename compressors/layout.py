@@ -7,7 +7,7 @@ so are expert stacks of the kind [experts, in, out]. No torch: `verify` rests on
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe|word_embeddings|lm_head|embed_out|shared)\.weight$"
 )
+_INPUT_TABLE = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|shared)\.weight$")
 _CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))\.weight$")
 _ROUTERS = (
     "gate",
@@ -28,6 +29,8 @@ _BUFFERS = (
     ".attn.bias",
     ".attn.masked_bias",
 )  # stored by old checkpoints, computed by every loader
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def is_buffer(name: str) -> bool:
 def is_embedding(name: str) -> bool:
     """Whether a parameter is a vocabulary table: rows are tokens, and only changed rows are stored."""
     return bool(_EMBEDDING.search(name))
+
+
+def input_table(names: Iterable[str]) -> str | None:
+    """The token embedding among parameter names, which a tied head repeats."""
+    return next((name for name in sorted(names) if _INPUT_TABLE.search(name)), None)
 
 
 def is_projection(name: str, dims: int) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from compressors.artifact import Artifact
+from compressors.artifact import Array, Artifact
 from compressors.layout import is_projection
 
 _VALUES = ("u_vals", "v_vals", "a", "b", "delta")
@@ -28,18 +29,20 @@ class Tally:
     def bytes_ratio(self) -> float | None:
         return round(2 * self.projection_values / self.projection_bytes, 2) if self.projection_bytes else None
 
+    def add(self, name: str, shape: tuple[int, ...], tied: bool, arrays: Mapping[str, Array]) -> None:
+        """Count one record and the arrays that are stored for it."""
+        count = math.prod(shape)
+        self.dense_bytes += 0 if tied else 2 * count
+        if "#" in name or is_projection(name, len(shape)):
+            self.projection_values += count
+            self.projection_bytes += sum(array.nbytes for array in arrays.values())
+            self.kept_values += sum(array.size for key, array in arrays.items() if key in _VALUES)
+
 
 def recount(artifact: Artifact) -> Tally:
     """The tally of a delta file, from its records and arrays alone."""
     tally = Tally()
     for name, record in artifact.records.items():
-        count = math.prod(record.shape)
-        tally.dense_bytes += 0 if record.tied_to else 2 * count
-        if not ("#" in name or is_projection(name, len(record.shape))):
-            continue
-        tally.projection_values += count
-        for key in record.sha256:
-            array = artifact.array(f"{name}::{key}")
-            tally.projection_bytes += array.nbytes
-            tally.kept_values += array.size if key in _VALUES else 0
+        arrays = {key: artifact.array(f"{name}::{key}") for key in record.sha256}
+        tally.add(name, record.shape, record.tied_to is not None, arrays)
     return tally

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from compressors.errors import CheckpointError
 from compressors.fingerprint import StoredTensor, stored_tensors
+from compressors.layout import Part
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -46,9 +47,13 @@ class Checkpoint:
 
     def floats(self, name: str) -> torch.Tensor:
         """The tensor in fp32. Raises CheckpointError when a value is not finite or not a float."""
+        return self.finite(name).float()
+
+    def finite(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """The tensor as stored, or one part of it. Raises CheckpointError when a value is not finite or not a float."""
         if not self.is_floating(name):
             raise CheckpointError(f"{self.folder.name}: {name} has dtype {self._stored(name).dtype}, not a float dtype")
-        values = self.tensor(name).float()
+        values = self.tensor(name) if part is None else part.view(self.tensor(name))
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{self.folder.name}: {name} holds NaN or infinite values; the checkpoint is broken")
         return values

@@ -79,6 +79,20 @@ def test_same_inputs_give_the_same_bytes_and_another_seed_does_not(pair, tmp_pat
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_number_of_threads_does_not_change_the_bytes(pair, tmp_path):
+    base, tuned = pair
+    threads, contents = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            compress(base, tuned, tmp_path / "d.safetensors", RATIO_4)
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        contents.append((tmp_path / "d.safetensors").read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+
+
 def test_the_three_ratios_are_recounted_from_the_file(pair, tmp_path):
     base, tuned = pair
     manifest = compress(base, tuned, tmp_path / "d.safetensors", RATIO_4)
@@ -156,6 +170,8 @@ def test_norms_are_stored_whole_and_embeddings_by_changed_row(checkpoint, tmp_pa
         torch.testing.assert_close(
             merged.tensor("model.embed_tokens.weight"), tuned["model.embed_tokens.weight"], rtol=1e-3, atol=1e-3
         )
+        assert merged.config["vocab_size"] == 42
+        assert merged.config["torch_dtype"] == "float32"
 
 
 def test_a_tied_head_is_stored_once(checkpoint, tmp_path):
@@ -165,9 +181,69 @@ def test_a_tied_head_is_stored_once(checkpoint, tmp_path):
     compress(base, checkpoint("tied", tuned), tmp_path / "d.safetensors", RATIO_4)
     with Artifact.open(tmp_path / "d.safetensors") as artifact:
         assert artifact.records["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+    assert verify(tmp_path / "d.safetensors", base_shapes={name: t.shape for name, t in base_tensors().items()})
     tuned["lm_head.weight"] += 1
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         compress(base, checkpoint("untied", tuned), tmp_path / "e.safetensors", RATIO_4)
+
+
+def test_a_head_that_both_store_is_counted_once_while_it_repeats_the_embedding(checkpoint, tmp_path):
+    def with_head(tensors):
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    before, after = with_head(base_tensors()), with_head(tuned_tensors())
+    base, path = checkpoint("base", before), tmp_path / "d.safetensors"
+    once = compress(checkpoint("plain", base_tensors()), checkpoint("tuned", tuned_tensors()), path, RATIO_4)
+    twice = compress(base, checkpoint("tuned-head", after), path, RATIO_4)
+    assert twice.tensors["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+    assert twice.ratios.whole_file == pytest.approx(once.ratios.whole_file, rel=0.02)
+    decompress(path, base, tmp_path / "merged", dtype="fp32")
+    with Checkpoint(tmp_path / "merged") as merged:
+        assert torch.equal(merged.tensor("lm_head.weight"), merged.tensor("model.embed_tokens.weight"))
+    after["lm_head.weight"][3] += 1
+    untied = compress(base, checkpoint("untied", after), path, RATIO_4)
+    assert untied.tensors["lm_head.weight"].kind == "rows"
+    del after["lm_head.weight"]
+    before["lm_head.weight"][3] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*fine-tune ties"):
+        compress(checkpoint("untied-base", before), checkpoint("no-head", after), path, RATIO_4)
+
+
+def test_widening_the_number_format_is_no_change_and_narrowing_it_is_refused(checkpoint, tmp_path):
+    short = {name: tensor.bfloat16() for name, tensor in base_tensors().items()}
+    wide = {name: tensor.float() for name, tensor in short.items()}
+    kinds = stored_kinds(checkpoint("base", short), checkpoint("wide", wide), tmp_path)
+    assert set(kinds.values()) == {"zero"}
+    with pytest.raises(CheckpointError, match="dtype BF16 in the fine-tune and F32"):
+        compress(checkpoint("base-wide", wide), checkpoint("short", short), tmp_path / "e.safetensors", RATIO_4)
+
+
+def test_small_parameters_are_fp16_where_that_loses_nothing(checkpoint, tmp_path):
+    before = {name: tensor.bfloat16() for name, tensor in base_tensors().items()}
+    after = before | {"model.norm.weight": before["model.norm.weight"] + torch.linspace(0, 1, 48).bfloat16()}
+    after[f"{LAYER}.input_layernorm.weight"] = torch.linspace(1.0, 70000.0, 48).bfloat16()
+    base = checkpoint("base", before)
+    stored_kinds(base, checkpoint("tuned", after), tmp_path)
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        assert artifact.slots["model.norm.weight::delta"].dtype == "F16"
+        assert artifact.slots[f"{LAYER}.input_layernorm.weight::delta"].dtype == "F32"  # beyond fp16's range
+    decompress(tmp_path / "d.safetensors", base, tmp_path / "merged")
+    with Checkpoint(tmp_path / "merged") as merged:
+        for name, weight in after.items():
+            assert torch.equal(merged.tensor(name), weight)
+
+
+def test_a_matrix_smaller_than_its_factors_and_a_router_are_kept_dense(checkpoint, tmp_path):
+    names = (f"{LAYER}.mlp.tiny_proj.weight", f"{LAYER}.mlp.gate.weight")
+    shapes = ((3, 3), (8, 48))
+    generator = torch.Generator().manual_seed(2)
+    before = {n: torch.randn(s, generator=generator) for n, s in zip(names, shapes, strict=True)}
+    after = {n: w + torch.randn(w.shape, generator=generator) for n, w in before.items()}
+    base, tuned = checkpoint("base", before), checkpoint("tuned", after)
+    assert stored_kinds(base, tuned, tmp_path) == dict.fromkeys(names, "raw")
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        for name in names:
+            torch.testing.assert_close(delta_tensor(artifact, name), after[name] - before[name], rtol=1e-3, atol=1e-3)
 
 
 FUSED = {
