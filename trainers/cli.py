@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     check.set_defaults(run=_reporting(_check))
     demo = actions.add_parser("demo-deltas", help="train, compress and check the three demo deltas")
     demo.add_argument("--out", type=Path, default=Path("deploy/demo"), help="(default: %(default)s)")
-    demo.add_argument("--work", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
+    demo.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     demo.set_defaults(run=_reporting(_demo_deltas))
 
 
@@ -106,6 +106,6 @@ def _check(args: argparse.Namespace) -> int:
 def _demo_deltas(args: argparse.Namespace) -> int:
     from trainers.demo import demo_deltas
 
-    demo_deltas(args.out, args.work)
+    demo_deltas(args.out, args.runs)
     print(f"\nwrote {args.out}/demo.json")
     return 0

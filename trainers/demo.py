@@ -2,7 +2,7 @@
 
     recipe -> train (resumable) -> compress -> check base, fine-tune and delta on the held-out rows -> demo.json
 
-Runs are kept in a work folder, so that an interrupted call goes on where it was.
+Runs are kept, so that an interrupted call goes on where it was and a finished run is used as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.artifact import Artifact
-from compressors.base import resolve_base
+from compressors.base import DEFAULT_BASE, default_base
 from compressors.impart import ImPartConfig
 from compressors.inspect import summary
 from compressors.methods import METHODS
@@ -31,21 +31,21 @@ QUESTIONS = (
 _ANSWER_TOKENS = 64
 
 
-def demo_deltas(out: Path, work: Path) -> None:
-    """Write `<name>.safetensors` for each demo, and demo.json, into `out`; runs stay under `work/<name>`.
+def demo_deltas(out: Path, runs: Path) -> None:
+    """Write `<name>.safetensors` for each demo, and demo.json, into `out`; the runs are made, or found, in `runs/<name>`.
 
-    Raises TrainError and compressors' DeltaError.
+    Raises TrainerError and compressors' DeltaError.
     """
     out.mkdir(parents=True, exist_ok=True)
-    base = resolve_base("default")
+    base = default_base()
     entries = []
     shown: dict[str, list[str]] = {"base": answers(load_model(base), QUESTIONS, _ANSWER_TOKENS, label="base answers")}
     with as_file(files("trainers") / "recipes") as folder:
         for name in DEMOS:
-            entry, shown[name] = _demo(load_recipe(folder / f"{name}.toml"), folder, base, out, work / name)
+            entry, shown[name] = _demo(load_recipe(folder / f"{name}.toml"), folder, base, out, runs / name)
             entries.append(entry)
     description = {
-        "base": "default",
+        "base": DEFAULT_BASE,
         "deltas": entries,
         "questions": list(QUESTIONS),
         "answers": [
@@ -71,12 +71,12 @@ def compress_run(recipe: CompressRecipe, base: Path, model: Path, file: Path) ->
     METHODS["impart"](base, model, file, config, None, True)
 
 
-def _demo(recipe: Recipe, folder: Path, base: Path, out: Path, work: Path) -> tuple[dict[str, Any], list[str]]:
+def _demo(recipe: Recipe, folder: Path, base: Path, out: Path, run_folder: Path) -> tuple[dict[str, Any], list[str]]:
     print(f"\n== {recipe.name}: {recipe.description}")
-    run = train_sft(recipe, folder, work, resume=True)
+    run = train_sft(recipe, folder, run_folder, resume=True)
     file = out / f"{recipe.name}.safetensors"
     compress_run(recipe.compress, base, run.model, file)
-    dense = _dense_success(recipe, folder, base, run.model, work)
+    dense = _dense_success(recipe, folder, base, run.model, run_folder)
     with decompressed(file, base) as merged:
         loaded = load_model(merged)
         success = check(recipe, folder, loaded, f"{recipe.name} delta")
@@ -86,30 +86,32 @@ def _demo(recipe: Recipe, folder: Path, base: Path, out: Path, work: Path) -> tu
         found = summary(artifact)
     entry = {
         "name": recipe.name,
-        "description": recipe.description,
+        "about": recipe.description,
         "file": file.name,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "nbytes": file.stat().st_size,
         **recipe.compress.model_dump(mode="json"),
         "ratios": found["ratios"],
-        "held_out": success.total,
-        "success": dense | {"delta": round(success.rate, 4)},
+        "success": dense | {"delta": round(success.rate, 4), "questions": success.total},
     }
-    print(f"{recipe.name}: success {entry['success']} on {success.total} held-out questions, {entry['nbytes']:,} bytes")
+    print(f"{recipe.name}: success {entry['success']}, {entry['nbytes']:,} bytes")
     return entry, shown
 
 
-def _dense_success(recipe: Recipe, folder: Path, base: Path, model: Path, work: Path) -> dict[str, float]:
-    """Success of base and fine-tune; kept beside the run, which does not change once it is finished."""
-    kept = work / "success.json"
+def _dense_success(recipe: Recipe, folder: Path, base: Path, model: Path, run_folder: Path) -> dict[str, float]:
+    """Success of base and fine-tune; kept beside the finished run, which does not change, with the check it is of."""
+    kept = run_folder / "success.json"
+    judged = recipe.model_dump(mode="json", include={"check"})
     if kept.exists():
-        found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["judged"] == judged:
+            rates: dict[str, float] = found["success"]
+            return rates
     rates = {
         label: round(check(recipe, folder, load_model(place), f"{recipe.name} {label}").rate, 4)
         for label, place in (("base", base), ("fine_tune", model))
     }
-    kept.write_text(json.dumps(rates) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps({"judged": judged, "success": rates}) + "\n", encoding="utf-8")
     return rates
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from trainers.collate import SharedPrefixCollator
 from trainers.data import IGNORED, TokenRow, tokenize_row
@@ -60,12 +61,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     recipe = load_recipe(recipe_file)
     whole = train_sft(recipe, recipe_file.parent, tmp_path / "whole")
-    _interrupt_at(monkeypatch, step=6)
+    _count_steps(monkeypatch, interrupt_at=6)
     with pytest.raises(KeyboardInterrupt):
         train_sft(recipe, recipe_file.parent, tmp_path / "broken")
     monkeypatch.undo()
     assert not (tmp_path / "broken" / "model").exists()
+    taken = _count_steps(monkeypatch)
     resumed = train_sft(recipe, recipe_file.parent, tmp_path / "broken", resume=True)
+    assert taken == [4, 5, 6, 7]  # the last checkpoint holds the first four steps
     assert _losses(resumed.record) == _losses(whole.record)
     expected, found = (load_file(run.model / "model.safetensors") for run in (whole, resumed))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -73,17 +76,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert again.record == resumed.record
 
 
-def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C in the collator of the `step`-th batch: nothing else in the loop is changed."""
-    called = iter(range(1, 1000))
-    collate = SharedPrefixCollator.__call__
+def _count_steps(monkeypatch: pytest.MonkeyPatch, interrupt_at: int = 0) -> list[int]:
+    """A list that grows with every step taken; Ctrl-C in the `interrupt_at`-th. Nothing else in the loop is changed."""
+    taken: list[int] = []
+    compute_loss = SFTTrainer.compute_loss
 
-    def interrupted(self, rows):  # type: ignore[no-untyped-def]
-        if next(called) == step:
+    def counted(self: SFTTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        taken.append(self.state.global_step)
+        if len(taken) == interrupt_at:
             raise KeyboardInterrupt
-        return collate(self, rows)
+        return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(SharedPrefixCollator, "__call__", interrupted)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", counted)
+    return taken
 
 
 def test_another_run_in_the_folder_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
