@@ -91,6 +91,9 @@ def _reporting(action: Callable[[argparse.Namespace], int]) -> Callable[[argpars
         except (DeltaError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted; nothing was written", file=sys.stderr)
+            return 130
 
     return run
 

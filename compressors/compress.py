@@ -11,7 +11,6 @@ import importlib.metadata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from compressors.impart import ImPartConfig
 from compressors.layout import Part, is_embedding, projection_parts
 from compressors.pairing import matched_names, tied_to
 from compressors.ratios import Tally
-from compressors.tensors import Checkpoint
+from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.writer import ArtifactWriter
 
 Task = Callable[[], Encoded]
@@ -43,7 +42,7 @@ def compress(
     with Checkpoint(base) as old, Checkpoint(fine_tune) as new, ArtifactWriter(out) as writer:
         tasks = _tasks(old, new, config)
         records, tally = {}, Tally()
-        with _one_thread_per_operation() as workers:
+        with one_thread_per_operation() as workers:
             done = _in_order(tasks, workers)
             for encoded in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
                 records[encoded.name] = _store(writer, encoded)
@@ -93,17 +92,6 @@ def _other(old: Checkpoint, new: Checkpoint, name: str) -> Encoded:
         return Encoded(name, "zero", tuple(after.shape))
     encode = encode_rows if is_embedding(name) else encode_raw
     return encode(name, old.finite(name), new.finite(name))
-
-
-@contextmanager
-def _one_thread_per_operation() -> Iterator[int]:
-    """Give torch's threads to whole matrices instead; yields how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:

@@ -19,7 +19,7 @@ from compressors.artifact import Array, Artifact
 from compressors.fingerprint import INDEX, fingerprint
 from compressors.layout import projection_parts
 from compressors.masks import factor_rows, layer_seed
-from compressors.tensors import Checkpoint
+from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.verify import verify
 
 _SHARD_BYTES = 2 << 30
@@ -93,7 +93,8 @@ def _write_weights(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str
     shards = _shards(artifact, old, dtype)
     weight_map: dict[str, str] = {}
     total = 0
-    with tqdm(desc="decompressing", total=sum(map(len, shards)), unit="tensor", disable=not progress) as bar:
+    bar = tqdm(desc="decompressing", total=sum(map(len, shards)), unit="tensor", disable=not progress)
+    with bar, one_thread_per_operation():
         for i, names in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = {}
@@ -102,6 +103,7 @@ def _write_weights(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str
                 total += tensors[name].nbytes
                 bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # save_file leaves it to its owner
             weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,11 @@ def _file_lines(file: Path, cache: bool) -> list[str]:
             for name, tensor in _tensors_of(file)
         ]
     if cache:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        staging = remembered.with_suffix(f".{status.st_mtime_ns}.tmp")
-        staging.write_text("\n".join(lines), encoding="utf-8")
-        staging.replace(remembered)
+        with suppress(OSError):  # a read-only or full cache folder costs time, not the answer
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            staging = remembered.with_suffix(f".{os.getpid()}.tmp")
+            staging.write_text("\n".join(lines), encoding="utf-8")
+            staging.replace(remembered)
     return lines
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from compressors.artifact import Artifact
+from compressors.layout import stored_name
 from compressors.ratios import recount
 
 
@@ -26,12 +28,9 @@ def summary(artifact: Artifact) -> dict[str, Any]:
     """Manifest fields, the three ratios recounted, and a row per kind of parameter."""
     kinds: dict[str, Kind] = defaultdict(Kind)
     for name, record in artifact.records.items():
-        kind = kinds[f"{'.'.join(name.split('.')[-3:-1])} {record.kind}"]
+        kind = kinds[f"{_module(name)} {record.kind}"]
         kind.count += 1
-        count = 1
-        for extent in record.shape:
-            count *= extent
-        kind.values += count
+        kind.values += math.prod(record.shape)
         kind.nbytes += sum(artifact.array(f"{name}::{key}").nbytes for key in record.sha256)
         if record.kind == "impart":
             kept = artifact.array(f"{name}::u_vals").size + artifact.array(f"{name}::v_vals").size
@@ -46,6 +45,12 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "whole_file": round(tally.dense_bytes / size, 2),
     }
     return {"file": artifact.path.name, "bytes": size, **manifest, "ratios": ratios, "kinds": _rows(kinds)}
+
+
+def _module(name: str) -> str:
+    """A parameter's module without the number of its layer or expert: `mlp.up_proj`."""
+    words = stored_name(name).removesuffix(".weight").split(".")
+    return ".".join([word for word in words if not word.isdigit() and word not in ("model", "layers", "h")][-2:])
 
 
 def _rows(kinds: dict[str, Kind]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,20 @@ from compressors.fingerprint import StoredTensor, stored_tensors
 from compressors.layout import Part
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@contextmanager
+def one_thread_per_operation() -> Iterator[int]:
+    """Keep torch's operations to one thread each; yields how many threads it had, to be given to whole tensors instead.
+
+    The result of an operation can depend on its number of threads, and small operations lose more than they gain.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Checkpoint:
