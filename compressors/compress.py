@@ -74,7 +74,7 @@ def _tasks(old: Checkpoint, new: Checkpoint, config: ImPartConfig) -> list[Task]
     for name in matched_names(old, new):
         if table := tied_to(old, new, name):
             tasks.append(partial(Encoded, name, "zero", new.shape(table), tied_to=table))
-        elif parts := projection_parts(name, new.shape(name), new.config):
+        elif parts := projection_parts(name, new.shape(name), old.config):
             tasks += [partial(_projection, old, new, name, part, config) for part in parts]
         else:
             tasks.append(partial(_other, old, new, name))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from compressors.artifact import Array, Artifact
+from compressors.errors import ArtifactError
 from compressors.fingerprint import INDEX, fingerprint
 from compressors.layout import projection_parts
 from compressors.masks import factor_rows, layer_seed
@@ -140,6 +141,8 @@ def _merged(artifact: Artifact, name: str, old: Checkpoint, dtype: str) -> torch
         weight = grown
     if parts:
         for part in parts:
+            if part.name not in artifact.records:
+                raise ArtifactError(f"the delta has no record of {part.name}; was its base's config.json another one?")
             part.view(weight).add_(delta_tensor(artifact, part.name))
     elif record is not None:
         weight += delta_tensor(artifact, name)

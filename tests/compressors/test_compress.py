@@ -9,7 +9,7 @@ import torch
 from compressors.artifact import Artifact
 from compressors.compress import compress
 from compressors.decompress import decompress, delta_tensor
-from compressors.errors import BaseMismatchError, CheckpointError
+from compressors.errors import BaseMismatchError, BudgetError, CheckpointError
 from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
 from compressors.inspect import summary
 from compressors.tensors import Checkpoint
@@ -91,6 +91,30 @@ def test_the_number_of_threads_does_not_change_the_bytes(pair, tmp_path):
             torch.set_num_threads(threads)
         contents.append((tmp_path / "d.safetensors").read_bytes())
     assert contents[0] == contents[1] == contents[2]
+
+
+def test_the_released_rules_are_chosen_by_projection(pair, tmp_path):
+    base, tuned = pair
+    config = ImPartConfig(ratio=4.0, beta=0.3, rule="released")
+    compress(base, tuned, tmp_path / "d.safetensors", config)
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        for name, rule in ((Q, "attention"), (UP, "mlp")):
+            sigma = decompose(tuned_tensors()[name] - base_tensors()[name]).s
+            drops = drop_ratios(sigma, artifact.records[name].shape, 4.0, 0.3, 1.0, rule)
+            assert artifact.records[name].rank == sum(drop < 1 for drop in drops)
+    with pytest.raises(BudgetError, match="rule"):
+        ImPartConfig(rule="attention")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(pair, tmp_path):
+    base, tuned = pair
+    path = tmp_path / "d.safetensors"
+    path.mkdir()
+    (path / "kept").touch()
+    with pytest.raises(OSError, match=r"d\.safetensors"):
+        compress(base, tuned, path, RATIO_4)
+    assert (path / "kept").is_file()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_three_ratios_are_recounted_from_the_file(pair, tmp_path):
