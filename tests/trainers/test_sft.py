@@ -37,6 +37,9 @@ def test_loss_falls_and_only_projections_change(recipe_file: Path, tiny_base: Pa
         assert tuned[name].dtype == torch.float32
         changed = not torch.equal(tuned[name], weight.float())
         assert changed == bool(PROJECTION.search(name)), name
+        assert changed == (not torch.equal(tuned[name], tuned[name].bfloat16().float())), (
+            "saved as trained, not rounded"
+        )
     assert (run.model / "chat_template.jinja").read_bytes() == (tiny_base / "chat_template.jinja").read_bytes()
     AutoModelForCausalLM.from_pretrained(run.model)
 
