@@ -198,6 +198,16 @@ def test_norms_are_stored_whole_and_embeddings_by_changed_row(checkpoint, tmp_pa
         assert merged.config["torch_dtype"] == "float32"
 
 
+def test_new_rows_of_zeros_still_grow_the_table(checkpoint, tmp_path):
+    tuned = base_tensors()
+    tuned["model.embed_tokens.weight"] = torch.cat([tuned["model.embed_tokens.weight"], torch.zeros(3, 48)])
+    base = checkpoint("base", base_tensors())
+    assert stored_kinds(base, checkpoint("grown", tuned), tmp_path)["model.embed_tokens.weight"] == "rows"
+    decompress(tmp_path / "d.safetensors", base, tmp_path / "merged", dtype="fp32")
+    with Checkpoint(tmp_path / "merged") as merged:
+        assert torch.equal(merged.tensor("model.embed_tokens.weight"), tuned["model.embed_tokens.weight"])
+
+
 def test_a_tied_head_is_stored_once(checkpoint, tmp_path):
     tuned = tuned_tensors()
     tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"].clone()
