@@ -189,22 +189,27 @@ def _compact(header: dict[str, Any]) -> bytes:
 
 
 def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> tuple[int, dict[str, Any]]:
-    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
-        raise ArtifactError(
-            "this is a pickle (a PyTorch .bin or .pt file), which is never loaded; give a delta made by `deltaworks delta compress`"
-        )
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > size - 8:
-        raise ArtifactError("the file is truncated, or is not a safetensors file")
-    if length > MAX_HEADER_BYTES:
-        raise ArtifactError(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    fits = len(prefix) == 8 and length <= size - 8
+    text = read(length) if fits and length <= MAX_HEADER_BYTES else b""
+    if not text.startswith(b"{"):  # only then: the length of a good header may begin with the bytes of a pickle
+        raise ArtifactError(_what_it_is(prefix, fits, length))
     try:
-        header = json.loads(read(length))
+        header: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError("the header is not JSON: the file is damaged, or is not a safetensors file") from error
-    if not isinstance(header, dict):
-        raise ArtifactError("the header is not a JSON object: this is not a safetensors file")
     return 8 + length, header
+
+
+def _what_it_is(prefix: bytes, fits: bool, length: int) -> str:
+    """Why a file that does not begin like safetensors is refused."""
+    if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+        return "this is a pickle (a PyTorch .bin or .pt file), which is never loaded; give a delta made by `deltaworks delta compress`"
+    if not fits:
+        return "the file is truncated, or is not a safetensors file"
+    if length > MAX_HEADER_BYTES:
+        return f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read"
+    return "the header is not a JSON object: the file is damaged, or is not a safetensors file"
 
 
 def _parse(header: dict[str, Any], header_end: int, size: int) -> tuple[Manifest, dict[str, Slot]]:

@@ -137,6 +137,18 @@ def test_files_of_other_kinds(tmp_path):
             verify(path)
 
 
+@pytest.mark.parametrize("first_byte", [0x80, ord("P")])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(delta, first_byte):
+    """One header in 32 has a length that begins with the byte 0x80."""
+    data = delta.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    padding = (first_byte - length) % 256
+    padded = struct.pack("<Q", length + padding) + data[8 : 8 + length] + b" " * padding + data[8 + length :]
+    delta.write_bytes(padded)
+    with Artifact.open(delta) as artifact:
+        assert UP in artifact.records
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_and_no_cut_goes_unnoticed(delta, data):
