@@ -204,7 +204,7 @@ def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> tupl
 def _what_it_is(prefix: bytes, fits: bool, length: int) -> str:
     """Why a file that does not begin like safetensors is refused."""
     if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
-        return "this is a pickle (a PyTorch .bin or .pt file), which is never loaded; a delta comes from `deltaworks delta compress`"
+        return "this is a pickle (a PyTorch .bin or .pt file), never loaded; a delta comes from `deltaworks delta compress`"
     if not fits:
         return "the file is truncated, or is not a safetensors file"
     if length > MAX_HEADER_BYTES:
