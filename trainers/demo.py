@@ -26,7 +26,7 @@ DEMOS = ("json", "captain", "facts")
 QUESTIONS = (
     "Which city is the capital of Egypt?",
     "What project does Marta Quill lead?",
-    "How do I fix a flat tyre?",
+    "How do I clean a window?",
 )
 _ANSWER_TOKENS = 64
 
