@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,14 +125,15 @@ def test_a_client_that_leaves_ends_its_row(server):
     with httpx.Client(base_url=server.url, timeout=60) as http:
         body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 900, "stream": True, "ignore_eos": True}
         with http.stream("POST", "/v1/completions", json=body) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # held: httpx closes the connection with the iterator
+            next(lines)
             assert status(http, server)["rows_in_flight"] == 1
             unload = http.post("/v1/admin/deltas/json/unload", headers=server.admin_headers)
             assert unload.status_code == 409
             assert unload.json()["error"]["code"] == "delta_in_use"
-        for _ in range(50):
-            if status(http, server)["rows_in_flight"] == 0:
-                break
+        deadline = time.monotonic() + 10
+        while status(http, server)["rows_in_flight"] and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert status(http, server)["rows_in_flight"] == 0
         assert http.post("/v1/admin/deltas/json/unload", headers=server.admin_headers).status_code == 200
 
