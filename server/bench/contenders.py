@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,13 @@ def _prompt(row: int, seed: int) -> list[int]:
     return tokens
 
 
+async def _timed(load: Load, row: Callable[[int, Any, Load], Awaitable[None]]) -> float:
+    """Run all rows of a load at once; tokens per second over the whole batch."""
+    started = time.perf_counter()
+    await asyncio.gather(*(row(i, adapter, load) for i, adapter in enumerate(load.adapters)))
+    return len(load.adapters) * load.max_tokens / (time.perf_counter() - started)
+
+
 class Ours:
     """Our engine with `deltas` resident; an adapter of a Load is an EngineDelta, or None for the base."""
 
@@ -50,9 +57,7 @@ class Ours:
 
     async def tokens_per_s(self, load: Load) -> float:
         self._runs += 1
-        started = time.perf_counter()
-        await asyncio.gather(*(self._row(i, adapter, load) for i, adapter in enumerate(load.adapters)))
-        return len(load.adapters) * load.max_tokens / (time.perf_counter() - started)
+        return await _timed(load, self._row)
 
     async def _row(self, row: int, delta: EngineDelta | None, load: Load) -> None:
         sampling = Sampling(max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True)
@@ -71,9 +76,7 @@ class Stock:
 
     async def tokens_per_s(self, load: Load) -> float:
         self._runs += 1
-        started = time.perf_counter()
-        await asyncio.gather(*(self._row(i, adapter, load) for i, adapter in enumerate(load.adapters)))
-        return len(load.adapters) * load.max_tokens / (time.perf_counter() - started)
+        return await _timed(load, self._row)
 
     async def _row(self, row: int, adapter: Any, load: Load) -> None:
         from vllm.inputs import TokensPrompt
