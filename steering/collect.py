@@ -7,7 +7,7 @@ pool are asked again under a contradicting document, after demonstrations of thr
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from steering.matching import exact_match
 from steering.prompts import (
     CLOSED_BOOK_SHOTS,
     STYLES,
+    by_category,
     closed_prompt,
     grouped,
     label,
@@ -48,7 +49,7 @@ _PROBE_SHOTS = 4
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class AskedPrompt:
     fact: Fact
     ids: list[int]
 
@@ -74,9 +75,9 @@ def collect(settings: CollectSettings, out: Path, batch_size: int = 16, threads:
         for style, shots, seed in units:
             path = shard_file(out, style, shots, seed)
             if not path.is_file():
-                prompts = _prompts(pool, style, shots, seed, settings, answerer)
+                parts = unit_prompts(pool, style, shots, seed, settings, answerer)
                 about = {"style": style, "shots": shots, "seed": seed}
-                _write_shard(path, prompts, answerer, settings.layers, about, bar)
+                _write_shard(path, parts, answerer, settings.layers, about, bar)
             done += len(pool)
             bar.update(done - bar.n)
     if not probe_file(out).is_file():
@@ -87,33 +88,40 @@ def collect(settings: CollectSettings, out: Path, batch_size: int = 16, threads:
 def closed_book(facts: Sequence[Fact], answerer: Answerer, settings: CollectSettings) -> Known:
     """Which facts the model answers after solved questions without documents, and the split that follows from it.
 
-    The demonstrations are one fixed draw; the facts in it are asked after a second draw, so that none sees itself. Raises
-    SteeringError when fewer than two groups are known.
+    Raises SteeringError when too few groups are known.
     """
-    rng = random.Random(settings.fact_seed)
-    groups = grouped(facts)
-    shots = min(CLOSED_BOOK_SHOTS, len(groups) // 2)
-    drawn = sample_demonstrations(groups, 2 * shots, None, rng)
-    first, second = drawn[:shots], drawn[shots:]
-    shown = {fact.group for fact in first}
     answers = [""] * len(facts)
     with tqdm(total=len(facts), desc="closed book", unit="question") as bar:
-        for demonstrations, inside in ((first, False), (second, True)):
-            rows = [index for index, fact in enumerate(facts) if (fact.group in shown) is inside]
-            prompts = [answerer.tokens(closed_prompt(demonstrations, facts[row])) for row in rows]
-            for batch in answerer.prefill(prompts) if prompts else ():
-                for index, answer in zip(batch.rows, answerer.answers(answerer.end(batch)), strict=True):
-                    answers[rows[index]] = answer
-                bar.update(len(batch.rows))
+        for category, rows in by_category(facts, settings.same_category).items():
+            asked = [facts[row] for row in rows]
+            for demonstrations, of_part in _closed_book_parts(asked, f"{settings.fact_seed}/{category}"):
+                prompts = [answerer.tokens(closed_prompt(demonstrations, asked[index])) for index in of_part]
+                for batch in answerer.prefill(prompts):
+                    for index, answer in zip(batch.rows, answerer.answers(answerer.end(batch)), strict=True):
+                        answers[rows[of_part[index]]] = answer
+                    bar.update(len(batch.rows))
     memorised = [exact_match(answer, fact.org_answers) for answer, fact in zip(answers, facts, strict=True)]
     known = {fact.group for fact, right in zip(facts, memorised, strict=True) if right}
     pool = min(settings.pool, len(known) // 2)
     if pool <= max(settings.shots):
         raise SteeringError(
-            f"the model knows {len(known)} of {len(groups)} groups of facts; half of them are too few for "
+            f"the model knows {len(known)} of {len(grouped(facts))} groups of facts; half of them are too few for "
             f"{max(settings.shots)} demonstrations and an item"
         )
     return Known(tuple(answers), tuple(memorised), split_groups(sorted(known), pool))
+
+
+def _closed_book_parts(facts: Sequence[Fact], seed: str) -> Iterator[tuple[list[Fact], list[int]]]:
+    """(demonstrations, indices of the facts asked after them): one fixed draw, and a second one for the facts in the first, so that
+    none sees itself."""
+    groups = grouped(facts)
+    shots = min(CLOSED_BOOK_SHOTS, len(groups) // 2)
+    drawn = sample_demonstrations(groups, 2 * shots, None, random.Random(seed))
+    shown = {fact.group for fact in drawn[:shots]}
+    for demonstrations, inside in ((drawn[:shots], False), (drawn[shots:], True)):
+        rows = [index for index, fact in enumerate(facts) if (fact.group in shown) is inside]
+        if rows:
+            yield demonstrations, rows
 
 
 def _check(settings: CollectSettings) -> None:
@@ -140,50 +148,57 @@ def _facts(settings: CollectSettings) -> list[Fact]:
     return random.Random(settings.fact_seed).sample(facts, settings.limit)
 
 
-def _prompts(
+def unit_prompts(
     pool: Sequence[Fact], style: str, shots: int, seed: int, settings: CollectSettings, answerer: Answerer
-) -> list[_Prompt]:
-    """Prompts of one unit. The demonstrations do not hang on the style, so that styles differ in nothing else.
+) -> list[list[AskedPrompt]]:
+    """Prompts of one unit, in lists of the same demonstrations where these are shared. The demonstrations do not hang on the style,
+    so that styles differ in nothing else.
 
     Shared demonstrations leave out the items whose own group is shown. Prompts beyond the model's context are left out.
     """
     groups = grouped(pool)
     longest = int(getattr(answerer.model.config, "max_position_embeddings", 1 << 30)) - answerer.max_new_tokens
-    shared = sample_demonstrations(groups, shots, None, random.Random(f"{seed}/{shots}"))
-    found = []
-    for number, fact in enumerate(pool):
-        shown = shared
-        if settings.demonstrations == "per-item":
-            shown = sample_demonstrations(groups, shots, fact.group, random.Random(f"{seed}/{shots}/{number}"))
-        if fact.group in {one.group for one in shown}:
-            continue
-        ids = answerer.tokens(open_prompt(shown, style, fact))
-        if len(ids) <= longest:
-            found.append(_Prompt(fact, ids))
-    return found
+    parts = []
+    for category, rows in by_category(pool, settings.same_category).items():
+        draw = f"{seed}/{shots}/{category}"
+        shared = sample_demonstrations(groups, shots, None, random.Random(draw), category)
+        found = []
+        for row in rows:
+            fact, shown = pool[row], shared
+            if settings.demonstrations == "per-item":
+                shown = sample_demonstrations(groups, shots, fact.group, random.Random(f"{draw}/{row}"), category)
+            if fact.group in {one.group for one in shown}:
+                continue
+            ids = answerer.tokens(open_prompt(shown, style, fact))
+            if len(ids) <= longest:
+                found.append(AskedPrompt(fact, ids))
+        if found:
+            parts.append(found)
+    return parts
 
 
 def _write_shard(
     path: Path,
-    prompts: Sequence[_Prompt],
+    parts: Sequence[Sequence[AskedPrompt]],
     answerer: Answerer,
     layers: Sequence[int],
     about: dict[str, Any],
     bar: tqdm[Any],
 ) -> None:
     counts = {"context": 0, "memory": 0, "neither": 0}
-    kept: list[tuple[int, int, float, float, str]] = []  # prompt, label, losses, prediction
+    kept: list[tuple[Fact, int, float, float, str]] = []  # item, label, losses, prediction
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-    for batch in answerer.prefill([prompt.ids for prompt in prompts], losses=True) if prompts else ():
+    batches = ((part, batch) for part in parts for batch in answerer.prefill([one.ids for one in part], losses=True))
+    for part, batch in batches:
         ended = answerer.end(batch, layers=layers)
-        facts = [prompts[row].fact for row in batch.rows]
+        facts = [part[row].fact for row in batch.rows]
         conflict = answerer.mean_losses(ended, [_answer_ids(fact.sub_answers[0], answerer) for fact in facts])
         original = answerer.mean_losses(ended, [_answer_ids(fact.org_answers[0], answerer) for fact in facts])
         for index, answer in enumerate(answerer.answers(ended)):
             found = label(answer, facts[index])
             counts["neither" if found is None else "context" if found else "memory"] += 1
             if found is not None:
-                kept.append((batch.rows[index], found, conflict[index], original[index], answer))
+                kept.append((facts[index], found, conflict[index], original[index], answer))
                 for layer in layers:
                     states[layer].append(ended.streams[layer][index])
         bar.update(len(facts))
@@ -194,7 +209,7 @@ def _write_shard(
     tensors["labels"] = torch.tensor([row[1] for row in kept], dtype=torch.int8)
     tensors["conflict_losses"] = torch.tensor([row[2] for row in kept], dtype=torch.float32)
     tensors["original_losses"] = torch.tensor([row[3] for row in kept], dtype=torch.float32)
-    rows = {"groups": [prompts[row[0]].fact.group for row in kept], "predictions": [row[4] for row in kept]}
+    rows = {"groups": [row[0].group for row in kept], "predictions": [row[4] for row in kept]}
     write_states(path, tensors, about | {"counts": counts} | rows)
 
 
@@ -217,18 +232,19 @@ def _write_probe(out: Path, facts: Sequence[Fact], known: Known, answerer: Answe
     names: list[str] = []
     with tqdm(total=2 * len(items), desc="probe data", unit="prompt") as bar:
         for number, seed in enumerate(settings.seeds):
-            shown = sample_demonstrations(groups, shots, None, random.Random(f"probe/{seed}"))
             mine = items[number :: len(settings.seeds)]
-            mine = [fact for fact in mine if fact.group not in {one.group for one in shown}]
-            rows = [(fact, context) for fact in mine for context in ("sub", "org")]
-            prompts = [answerer.tokens(open_prompt(shown, "doo", fact, context)) for fact, context in rows]
-            for batch in answerer.prefill(prompts) if prompts else ():
-                streams = answerer.end(batch, layers=layers).streams
-                for layer in layers:
-                    states[layer].append(streams[layer])
-                labels += [int(rows[row][1] == "sub") for row in batch.rows]
-                names += [rows[row][0].group for row in batch.rows]
-                bar.update(len(batch.rows))
+            for category, of_category in by_category(mine, settings.same_category).items():
+                shown = sample_demonstrations(groups, shots, None, random.Random(f"probe/{seed}/{category}"), category)
+                asked = [mine[row] for row in of_category if mine[row].group not in {one.group for one in shown}]
+                rows = [(fact, context) for fact in asked for context in ("sub", "org")]
+                prompts = [answerer.tokens(open_prompt(shown, "doo", fact, context)) for fact, context in rows]
+                for batch in answerer.prefill(prompts) if prompts else ():
+                    streams = answerer.end(batch, layers=layers).streams
+                    for layer in layers:
+                        states[layer].append(streams[layer])
+                    labels += [int(rows[row][1] == "sub") for row in batch.rows]
+                    names += [rows[row][0].group for row in batch.rows]
+                    bar.update(len(batch.rows))
     tensors = {f"states.{layer}": torch.cat(parts) for layer, parts in states.items()}
     tensors["labels"] = torch.tensor(labels, dtype=torch.int8)
     write_states(probe_file(out), tensors, {"groups": names})

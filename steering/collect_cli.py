@@ -42,6 +42,11 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="drawn once per seed and number of shots, or for every item as the authors do, which takes about four times "
         "as long (default: %(default)s)",
     )
+    parser.add_argument(
+        "--any-category",
+        action="store_true",
+        help="take demonstrations of all categories of facts, not of the item's own (sets without categories: always so)",
+    )
     parser.add_argument("--limit", type=int, help="use only so many facts, for a trial")
     parser.add_argument(
         "--probe-items", type=int, default=640, help="facts for the conflict probe (default: %(default)s)"
@@ -64,6 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         seeds=args.seeds,
         styles=args.styles,
         demonstrations=args.demonstrations,
+        same_category=not args.any_category,
         limit=args.limit,
         probe_items=args.probe_items,
     )

@@ -30,7 +30,8 @@ from steering.prompts import Split
 @dataclass(frozen=True)
 class CollectSettings:
     """What decides a collection's content. `demonstrations`: "shared" draws them once per seed and number of shots, so that prompts
-    share their beginning and cost a fifth; "per-item" draws them for every item, as the authors do."""
+    share their beginning and cost a fifth; "per-item" draws them for every item, as the authors do. `same_category`: an item is
+    asked after solved items of its own category, where the facts have categories."""
 
     model: str
     facts: str
@@ -40,6 +41,7 @@ class CollectSettings:
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
     styles: tuple[str, ...] = ("dss", "dso", "doo")
     demonstrations: str = "shared"
+    same_category: bool = True
     limit: int | None = None
     probe_items: int = 640
     fact_seed: int = 42

@@ -85,7 +85,9 @@ def _trial(args: argparse.Namespace, collected: Collected) -> Trial:
 
     on = args.on or ("held-out" if args.sweep is None else "pool")
     items = collected.held_out() if on == "held-out" else collected.known_pool()
-    return Trial(draw(items, args.items), collected.pool(), args.kinds, args.seeds, args.shots)
+    return Trial(
+        draw(items, args.items), collected.pool(), args.kinds, args.seeds, args.shots, collected.settings.same_category
+    )
 
 
 def _settings(args: argparse.Namespace, profile: Profile, collected: Collected) -> list[Setting]:

@@ -22,7 +22,7 @@ from steering.collected import Collected
 from steering.edits import Direction, EditTable
 from steering.errors import SteeringError
 from steering.facts import Fact
-from steering.prompts import grouped, label, open_prompt
+from steering.prompts import by_category, grouped, label, open_prompt
 
 KINDS = {"agree": "dss", "against": "dso"}
 NO_CONTROL = "no control"
@@ -67,13 +67,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Trial:
-    """Who is asked what: items, prompt kinds and seeds of the demonstrations."""
+    """Who is asked what: items, prompt kinds and seeds of the demonstrations.
+
+    `same_category`: as in the collection, demonstrations are of an item's own category.
+    """
 
     items: Sequence[Fact]
     pool: Sequence[Fact]
     kinds: Sequence[str] = tuple(KINDS)
     seeds: Sequence[int] = (42, 43, 44)
     shots: int = 3
+    same_category: bool = True
 
 
 def spare_edits(tables: Mapping[int, EditTable]) -> dict[int, Rows]:
@@ -171,7 +175,7 @@ def _answered(
 ) -> list[Labels]:
     """Labels of every item: first without an edit, then per setting."""
     found: list[Labels] = [[None] * len(trial.items) for _ in range(len(settings) + 1)]
-    for shown, numbers in _demonstrated(trial, seed):
+    for shown, numbers in demonstrated(trial, seed):
         prompts = [answerer.tokens(open_prompt(shown, KINDS[kind], trial.items[number])) for number in numbers]
         for batch in answerer.prefill(prompts):
             for labels, edits in zip(found, [{}, *(one.edits for one in settings)], strict=True):
@@ -182,8 +186,9 @@ def _answered(
     return found
 
 
-def _demonstrated(trial: Trial, seed: int) -> list[tuple[list[Fact], list[int]]]:
-    """(demonstrations, indices of the items asked after them): the first groups of the shuffled pool, as the authors take them.
+def demonstrated(trial: Trial, seed: int) -> list[tuple[list[Fact], list[int]]]:
+    """(demonstrations, indices of the items asked after them): the first groups of the shuffled pool, as the authors take them,
+    those of the items' category before others.
 
     Items of these groups (when the pool itself is measured) are asked after the next groups.
     """
@@ -192,12 +197,15 @@ def _demonstrated(trial: Trial, seed: int) -> list[tuple[list[Fact], list[int]]]
     if len(names) < 2 * trial.shots:
         raise SteeringError(f"a pool of {len(names)} groups is too small for {2 * trial.shots} demonstrations")
     random.Random(seed).shuffle(names)
-    first, second = names[: trial.shots], names[trial.shots : 2 * trial.shots]
     parts = []
-    for shown, inside in ((first, False), (second, True)):
-        numbers = [index for index, item in enumerate(trial.items) if (item.group in first) is inside]
-        if numbers:
-            parts.append(([groups[name][0] for name in shown], numbers))
+    for category, rows in by_category(trial.items, trial.same_category).items():
+        kin = {name for name in names if category and groups[name][0].category == category}
+        order = [name for name in names if name in kin] + [name for name in names if name not in kin]
+        first, second = order[: trial.shots], order[trial.shots : 2 * trial.shots]
+        for shown, inside in ((first, False), (second, True)):
+            numbers = [row for row in rows if (trial.items[row].group in first) is inside]
+            if numbers:
+                parts.append(([groups[name][0] for name in shown], numbers))
     return parts
 
 

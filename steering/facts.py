@@ -28,7 +28,8 @@ class Fact:
     """One question, a document that supports its true answers and one that supports a counterfactual answer.
 
     `org_answers` and `sub_answers` share no answer (after normalisation); the first of each is the one shown. Facts of one `group`
-    ask the same thing and never stand on both sides of a split.
+    ask the same thing and never stand on both sides of a split; facts of one `category` are asked in the same words ("" where a set
+    has no categories).
     """
 
     question: str
@@ -37,6 +38,7 @@ class Fact:
     sub_context: str
     sub_answers: tuple[str, ...]
     group: str
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def load_facts(seed: int, wordings: int = 1) -> list[Fact]:
                     sub_context=_sentence(context.format(subject=subject, answer=false)),
                     sub_answers=(false,),
                     group=f"{category}: {subject}",
+                    category=category,
                 )
             )
     return facts

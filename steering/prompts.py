@@ -70,12 +70,28 @@ def grouped(items: Sequence[Fact]) -> dict[str, list[Fact]]:
     return groups
 
 
+def by_category(items: Sequence[Fact], apart: bool) -> dict[str, list[int]]:
+    """Indices of the items by category, in order; all of them under "" unless they are to be kept `apart`."""
+    found: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        found.setdefault(item.category if apart else "", []).append(index)
+    return found
+
+
 def sample_demonstrations(
-    groups: dict[str, list[Fact]], count: int, exclude: str | None, rng: random.Random
+    groups: dict[str, list[Fact]], count: int, exclude: str | None, rng: random.Random, category: str = ""
 ) -> list[Fact]:
-    """`count` items of different groups, none of the group `exclude`."""
+    """`count` items of different groups, none of the group `exclude`.
+
+    With a `category` they are of it, as far as it goes round; others stand before them then. Solved questions of the same kind are
+    what makes a model follow their example: questions of all kinds leave a small one undecided.
+    """
     names = [name for name in groups if name != exclude]
-    return [rng.choice(groups[name]) for name in rng.sample(names, count)]
+    kin = [name for name in names if category and groups[name][0].category == category]
+    rest = [name for name in names if not category or groups[name][0].category != category]
+    chosen = rng.sample(kin, min(count, len(kin)))
+    others = rng.sample(rest, count - len(chosen))
+    return [rng.choice(groups[name]) for name in (*others, *chosen)]
 
 
 def split_groups(memorised: Sequence[str], pool: int, seed: int = SPLIT_SEED) -> Split:
@@ -98,7 +114,8 @@ def label(answer: str, item: Fact) -> int | None:
 def qa_texts(items: Sequence[Fact], seed: int) -> Iterator[str]:
     """Complete prompts with their answers, without end: open-book ones of every style and closed-book ones.
 
-    As text to train SAEs on: they are read where prompts of this format end. Needs items of at least six groups.
+    As text to train SAEs on: they are read where prompts of this format end. Three of four show demonstrations of the item's own
+    category. Needs items of at least six groups.
     """
     rng = random.Random(seed)
     groups = grouped(items)
@@ -107,12 +124,13 @@ def qa_texts(items: Sequence[Fact], seed: int) -> Iterator[str]:
         rng.shuffle(names)
         for name in names:
             item = rng.choice(groups[name])
+            kind = item.category if rng.random() < 0.75 else ""
             if rng.random() < 0.25:
-                shown = sample_demonstrations(groups, 5, name, rng)
+                shown = sample_demonstrations(groups, 5, name, rng, kind)
                 yield closed_prompt(shown, item) + f" {item.org_answers[0]}\n\n"
                 continue
             style = rng.choice(STYLES)
-            shown = sample_demonstrations(groups, rng.choice((3, 4, 5)), name, rng)
+            shown = sample_demonstrations(groups, rng.choice((3, 4, 5)), name, rng, kind)
             yield "".join(demonstration(one, style) for one in shown) + demonstration(item, style)
 
 

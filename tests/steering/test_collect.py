@@ -1,4 +1,7 @@
 import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +9,8 @@ import pytest
 import torch
 
 from steering.activations import load_model, load_tokenizer, read_streams
-from steering.answers import Answerer
-from steering.collect import collect
+from steering.answers import Answerer, Batch
+from steering.collect import closed_book, collect, unit_prompts
 from steering.collected import Collected, CollectSettings, read_settings, shard_file, shard_files
 from steering.errors import SteeringError
 from steering.facts import load_nq_swap
@@ -170,6 +173,38 @@ def test_demonstrations_per_item(tmp_path_factory: pytest.TempPathFactory, tmp_p
     counts = found.counts()
     assert {sum(of_style.values()) for of_style in counts.values()} == {8}  # no item is left out
     assert read_settings(tmp_path) == settings
+
+
+class Recording(Answerer):
+    """Keeps the prompts that it is asked."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], losses: bool = False) -> Iterator[Batch]:
+        self.asked: list[str] = [*getattr(self, "asked", []), *(self.tokenizer.decode(ids) for ids in prompts)]
+        return super().prefill(prompts, losses)
+
+
+def test_items_are_asked_after_others_of_their_category(
+    tmp_path_factory: pytest.TempPathFactory, answerer: Answerer
+) -> None:
+    facts = load_nq_swap(small_world.world(tmp_path_factory.getbasetemp())[1])
+    kinds = {fact.question: "abc"[index % 3] for index, fact in enumerate(facts)}
+    facts = [replace(fact, category=kinds[fact.question]) for fact in facts]
+    recording = Recording(answerer.model, answerer.tokenizer)
+    known = closed_book(facts, recording, settings_of(tmp_path_factory))
+    assert sum(known.memorised) > 20  # the tiny model is used to more demonstrations than a third of the facts give
+    assert len(recording.asked) == len(facts)
+    settings = settings_of(tmp_path_factory, demonstrations="per-item")
+    for per_item in (settings, replace(settings, demonstrations="shared")):
+        parts = unit_prompts(facts, "dso", 2, 1, per_item, answerer)
+        assert {len({one.fact.category for one in part}) for part in parts} == {1}
+        recording.asked += [answerer.tokenizer.decode(one.ids) for part in parts for one in part]
+    assert len(recording.asked) == 3 * len(facts) - 3 * 2
+    for prompt in recording.asked:
+        questions = re.findall(r"question: (q\d+)", prompt)
+        assert len(questions) == len(set(questions)) > 2
+        assert len({kinds[question] for question in questions}) == 1
+    mixed = unit_prompts(facts, "dso", 2, 1, replace(settings, same_category=False), answerer)
+    assert len(mixed) == 1
 
 
 @pytest.mark.parametrize(

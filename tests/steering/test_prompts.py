@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from steering.facts import Fact, load_facts
 from steering.matching import exact_match, normalised, prediction
 from steering.prompts import (
+    by_category,
     closed_prompt,
     demonstration,
     grouped,
@@ -50,6 +52,26 @@ def test_demonstrations_are_of_different_groups_and_never_the_items_own() -> Non
         shown = sample_demonstrations(groups, 11, own, random.Random(seed))
         assert len({fact.group for fact in shown}) == 11
         assert own not in {fact.group for fact in shown}
+
+
+def test_demonstrations_of_a_category_as_far_as_it_goes_round() -> None:
+    groups = grouped(load_facts(0))
+    planets = {name for name, facts in groups.items() if facts[0].category == "planet"}
+    own = next(iter(planets))
+    for seed in range(20):
+        shown = sample_demonstrations(groups, 5, own, random.Random(seed), "planet")
+        assert len({fact.group for fact in shown} & (planets - {own})) == 5
+        more = sample_demonstrations(groups, 12, own, random.Random(seed), "planet")
+        assert [fact.category == "planet" for fact in more] == [False] * 3 + [True] * 9
+        assert len({fact.group for fact in more}) == 12
+    mixed = sample_demonstrations(groups, 12, own, random.Random(0))
+    assert len({fact.category for fact in mixed}) > 3
+
+
+def test_items_by_category() -> None:
+    facts = [replace(ROME, category="a"), replace(BERN, category="b"), replace(ROME, category="a")]
+    assert by_category(facts, True) == {"a": [0, 2], "b": [1]}
+    assert by_category(facts, False) == {"": [0, 1, 2]}
 
 
 def test_the_split_is_fixed_and_keeps_groups_apart() -> None:

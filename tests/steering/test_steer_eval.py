@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,19 @@ from steering.answers import Answerer
 from steering.collected import Collected
 from steering.edits import spare_edit
 from steering.errors import FitError, SteeringError
-from steering.evaluate import Rates, Result, Setting, Trial, act_add_edits, draw, measure, rates, spare_edits, table
+from steering.evaluate import (
+    Rates,
+    Result,
+    Setting,
+    Trial,
+    act_add_edits,
+    demonstrated,
+    draw,
+    measure,
+    rates,
+    spare_edits,
+    table,
+)
 from steering.fit import FitSettings, fit, probe_of
 from steering.formats import load_sae
 from steering.profile import Profile
@@ -49,6 +62,19 @@ def trial(found: Collected) -> Trial:
 def line(results: list[Result], kind: str, method: str, direction: str = "") -> Rates:
     (one,) = [r for r in results if (r.kind, r.method, r.direction) == (kind, method, direction)]
     return one.mean
+
+
+def test_items_are_asked_after_others_of_their_category(found: Collected) -> None:
+    kinds = {fact.group: "abc"[index % 3] for index, fact in enumerate([*found.pool(), *found.held_out()])}
+    pool = [replace(fact, category=kinds[fact.group]) for fact in found.pool()]
+    items = [replace(fact, category=kinds[fact.group]) for fact in found.held_out()] + pool
+    asked = demonstrated(Trial(items, pool), 1)
+    assert sorted(number for _, numbers in asked for number in numbers) == list(range(len(items)))
+    for shown, numbers in asked:
+        assert len({fact.group for fact in shown}) == 3
+        assert {fact.category for fact in shown} == {items[number].category for number in numbers}
+        assert {fact.group for fact in shown}.isdisjoint(items[number].group for number in numbers)
+    assert len(demonstrated(Trial(items, pool, same_category=False), 1)) == 2
 
 
 def test_rates_count_flips_among_what_was_answered_before() -> None:
