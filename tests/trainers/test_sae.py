@@ -10,7 +10,7 @@ import torch
 from steering.activations import load_model, read_streams
 from steering.formats import load_sae, pack_sae
 from steering.header import read_maxima
-from trainers import sae_loop
+from trainers import sae_loop, sae_report
 from trainers.errors import DataError, RecipeError, RunError
 from trainers.sae import train_saes
 from trainers.sae_harvest import harvest
@@ -141,8 +141,9 @@ def test_recording_is_shuffled_complete_and_resumable(tiny_base: Path, tmp_path:
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_tiny_run_reconstructs_and_saves_what_it_measured(
-    architecture: str, tiny_base: Path, text_folder: Path, tmp_path: Path
+    architecture: str, tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sae_report, "_CHUNK", 64)  # so that the held-out rows are measured in several parts
     run = train_saes(_recipe(architecture=architecture), text_folder, tmp_path / "run", str(tiny_base), False)
     assert [report.layer for report in run.reports] == [0, 1]
     recording = np.memmap(tmp_path / "run" / "activations" / "layer-1.f16", np.float16, "r")
