@@ -8,9 +8,9 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 ENV_PREFIX = "DELTAWORKS__"
@@ -80,8 +80,24 @@ class AdmissionSettings(Section):
     drain_timeout_s: float = Field(default=60.0, ge=0)  # how long `DELETE ?drain=true` waits for running requests
 
 
+class DefaultSteering(Section):
+    """A profile for requests that bring no steering. Without `strength` the direction's own."""
+
+    profile: str = Field(min_length=1, max_length=128)
+    direction: Literal["use_context", "use_parameter"]
+    strength: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
 class SteeringSettings(Section):
     max_strength: float = Field(default=4.0, ge=0, le=100, allow_inf_nan=False)  # the most that a request may ask for
+    default: DefaultSteering | None = None
+    allow_opt_out: bool = True  # whether `"steering": null` does without the default
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> Self:
+        if self.default is not None and (self.default.strength or 0) > self.max_strength:
+            raise ValueError(f"the default's strength is over max_strength {self.max_strength:g}")
+        return self
 
 
 class Settings(Section):
@@ -94,27 +110,42 @@ class Settings(Section):
 
     def to_toml(self) -> str:
         """The settings in force as TOML, keys masked; unset ones are left out."""
-        lines = []
-        for name, section in self.model_dump(mode="json", exclude_none=True).items():
-            lines.append(f"[{name}]")
-            lines += [f"{key} = {json.dumps(value)}" for key, value in section.items()]
-            lines.append("")
-        return "\n".join(lines)
+        return "\n".join(_toml_lines(self.model_dump(mode="json", exclude_none=True), ""))
+
+
+def _toml_lines(values: Mapping[str, Any], name: str) -> list[str]:
+    """A section, then the sections in it."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    if lines:
+        lines = [f"[{name}]", *lines, ""]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += _toml_lines(value, f"{name}.{key}" if name else key)
+    return lines
 
 
 def load_settings(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Mapping[str, Any]]) -> Settings:
     """Merge file, environment and command-line flags (section -> key -> value). Raises SettingsError."""
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {}
     for source in (_read_file(file) if file else {}, _read_environ(environ), flags):
         for section, values in source.items():
             if not isinstance(values, Mapping):
                 raise SettingsError(f"{section!r} must be a section, written [{section}]{_near(section, ())}")
-            merged.setdefault(section, {}).update(values)
+            _merge(merged.setdefault(section, {}), values)
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
     return _with_key_files(settings)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Later values replace earlier ones key by key, also in a section of a section."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -124,24 +155,34 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise SettingsError(f"cannot read the settings file {file}: {error}") from error
 
 
-def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
+def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, Any] = {}
     for name, value in environ.items():
         if name.startswith(ENV_PREFIX):
-            section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-            if not key:
+            *sections, key = name.removeprefix(ENV_PREFIX).lower().split("__")
+            if not key or not sections or not all(sections):
                 raise SettingsError(f"{name}: expected {ENV_PREFIX}SECTION__KEY")
-            found.setdefault(section, {})[key] = value
+            nested: dict[str, Any] = {key: value}
+            for section in reversed(sections):
+                nested = {section: nested}
+            _merge(found, nested)
     return found
 
 
 def _near(key: str, parents: Sequence[object]) -> str:
-    known: list[str] = list(Settings.model_fields)
-    if parents:
-        section = Settings.model_fields.get(str(parents[0]))
-        known = list(section.annotation.model_fields) if section and section.annotation else []
+    section: type[BaseModel] | None = Settings
+    for parent in parents:
+        field = section.model_fields.get(str(parent)) if section else None
+        section = _section_type(field.annotation) if field else None
+    known = list(section.model_fields) if section else []
     match = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else f" (known: {', '.join(known)})"
+
+
+def _section_type(annotation: object) -> type[Section] | None:
+    """The section that a field holds, also where it may be absent."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _explain(detail: ErrorDetails) -> str:

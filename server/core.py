@@ -124,10 +124,17 @@ class ProfileSteering:
 
 
 @dataclass(frozen=True)
+class OfMax:
+    """A value as a multiple of the largest activation that the SAE records of the latent."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class FeatureEdit:
     id: int
     op: str
-    value: float
+    value: float | OfMax
 
 
 @dataclass(frozen=True)
@@ -156,12 +163,25 @@ class ConflictCheck:
 
 
 @dataclass(frozen=True)
+class SteeringOptions:
+    """How an edit is served, whatever it is.
+
+    `best_effort`: where it cannot be made, the plain answer goes out and says so. `compare`: the prompt is answered twice, edited
+    and plainly. `report`: the answer shows positions and layers.
+    """
+
+    best_effort: bool = False
+    compare: bool = False
+    report: bool = True
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One call of the gateway. Several prompts (legacy completions) share the permit, the resolved name and the lease.
 
     `request_id` is ours and unique; the client's x-request-id is only echoed and logged.
     `fill_context` is set when the client named no limit: `sampling.max_tokens` is then our cap, cut to what the
-    context leaves.
+    context leaves. `opt_out` is set when the client said that it wants no steering, rather than nothing about it.
     """
 
     request_id: str
@@ -172,3 +192,10 @@ class GenerationRequest:
     cache_salt: str | None = None
     steering: ProfileSteering | FeatureSteering | None = None
     conflict: ConflictCheck | None = None
+    options: SteeringOptions = SteeringOptions()
+    opt_out: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many answers are generated."""
+        return len(self.prompts) * self.sampling.n * (2 if self.options.compare else 1)

@@ -7,9 +7,10 @@ from typing import Literal
 from server.core import Usage
 from server.engine.base import LayerReport
 
-SteeringMode = Literal["profile", "features", "policy", "score"]
-# rejected: the request's fault; failed: ours, or not reached; no_op: nothing to edit; unmet: the policy's condition.
-SteeringOutcome = Literal["rejected", "failed", "no_op", "scored", "unmet", "not_reached", "applied"]
+SteeringMode = Literal["profile", "features", "policy", "default", "score"]
+# rejected: the request's fault; failed: ours, or not reached; unavailable: ours, and the client takes a plain answer;
+# no_op: nothing to edit; unmet: the policy's condition.
+SteeringOutcome = Literal["rejected", "failed", "unavailable", "no_op", "scored", "unmet", "not_reached", "applied"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,20 @@ class Steered:
     probe_layer: int | None = None
     probe_auroc: float | None = None
     overhead_s: float = 0.0  # the gateway's own share: plan, room for the edit, report
+    compare: bool = False  # a second choice is the plain answer
+    report: bool = True  # positions and layers are shown
 
     @property
     def applied(self) -> bool:
         return self.outcome == "applied"
+
+    def choice_label(self, index: int) -> str | None:
+        """Of a comparison's choices: edited or not. None = not known yet, as of an edit of generated positions only."""
+        if index:
+            return "default"
+        if self.outcome == "failed":
+            return None
+        return "applied" if self.applied else "not_applied"
 
 
 @dataclass
@@ -70,6 +81,20 @@ class Decisions:
     finish_reasons: list[str] = field(default_factory=list)
     steered: Steered | None = None
     warnings: list[Warning] = field(default_factory=list)
+
+    def answer_plainly(self, reason: str) -> None:
+        """The edit cannot be made and the client takes the plain answer: it, the log line and the metrics say so."""
+        steered = self.steered
+        assert steered is not None  # the planner has filled it in
+        steered.outcome, steered.reason, steered.fingerprint = "unavailable", reason, None
+        steered.positions, steered.layers, steered.score = (
+            (),
+            (),
+            None,
+        )  # of other prompts, whose edits are given up too
+        self.warnings = [Warning("not_steered", f"this is the plain answer: {reason}")]  # others are about the edit
+        if steered.probe_layer is not None:
+            self.warnings.append(Warning("not_scored", "the conflict is not scored: the score is part of the edit"))
 
     @property
     def usage(self) -> Usage:

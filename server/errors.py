@@ -78,6 +78,7 @@ TABLE: dict[type[Exception], Mapping] = {
     gateway.NotReady: Mapping(503, UNAVAILABLE, "loading"),
     gateway.Draining: Mapping(503, UNAVAILABLE, "draining"),
     pool.NoCapacity: Mapping(503, UNAVAILABLE, "{kind}_capacity"),
+    plans.DefaultUnavailable: Mapping(503, UNAVAILABLE, "default_steering_unavailable"),
     store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),

@@ -3,19 +3,19 @@
 import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from server.admission import Admission
-from server.artifacts.pool import DeltaPool, EditPool, PlannedEdit
+from server.artifacts.pool import DeltaPool, EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry
 from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent
 from server.decisions import Decisions
-from server.engine.base import Engine, EngineDeadError, EngineDelta, EngineError
+from server.engine.base import EditUnavailableError, Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
 from server.interleave import interleave
 from server.prompt import PromptRenderer
-from server.proof import Proof, together
+from server.proof import EditNotApplied, Proof, together
 from server.steering import Plan, Planner, edited_positions
 
 
@@ -36,6 +36,17 @@ class Draining(GatewayError):
 
 class ContextLengthExceeded(GatewayError):
     """Prompt and completion do not fit into the model's context."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request whose names, prompts and limits are settled. `row_id` begins the engine's name of every row."""
+
+    request: GenerationRequest
+    row_id: str
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    delta: EngineDelta | None
 
 
 class Gateway:
@@ -99,76 +110,105 @@ class Gateway:
             raise EngineDeadError("the engine has stopped")
 
     async def generate(self, request: GenerationRequest, decisions: Decisions) -> AsyncGenerator[TokenEvent, None]:
-        """Answer all prompts of a request; choice i of prompt p comes as index p * n + i.
+        """Answer all prompts of a request; choice i of prompt p comes as index p * n + i, a comparison's plain answer as 1.
 
         Raises GatewayError and EngineError before the first event, EngineError after. Closing the iterator aborts the
         engine's rows and returns lease and permit.
         """
         self.require_ready()
-        rows = len(request.prompts) * request.sampling.n
-        with self._admission.permit(rows) as permit:
+        with self._admission.permit(request.rows) as permit:
             resolved = self._registry.resolve(request.model)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
             asked = time.perf_counter()
-            plan = self._planner.plan(request, decisions)
+            wanted = self._planner.plan(request, decisions)
             if decisions.steered is not None:
                 decisions.steered.overhead_s = time.perf_counter() - asked
-            decisions.system_fingerprint = self._system_fingerprint(resolved.delta, plan.edit)
-            async with self._leases(resolved.delta, plan.edit, decisions):
+            async with self._leases(resolved.delta, wanted, decisions) as plan:
                 prompts = [await self._prompts.render(prompt) for prompt in request.prompts]
                 for ids in prompts:
-                    edited_positions(plan.prompt, len(ids))  # raises where they lie outside
+                    edited_positions(wanted.prompt, len(ids))  # raises where they lie outside
                 sampling = self._fit(request, max(len(ids) for ids in prompts))
-                decisions.prompt_tokens = sum(len(ids) for ids in prompts)
+                decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
                 permit.queue(decisions.prompt_tokens)
-                async with aclosing(
-                    self._decode(request, prompts, sampling, resolved.delta, plan, decisions)
-                ) as events:
+                work = Work(request, request.request_id, prompts, sampling, resolved.delta)
+                async with aclosing(self._answer(work, plan, decisions)) as events:
                     async for event in events:
                         if decisions.ttft_s is None:
                             decisions.ttft_s = time.perf_counter() - decisions.started
                             permit.started()
                         _count(event, sampling.n, decisions)
                         yield event
-                if len(decisions.finish_reasons) != rows:
+                if len(decisions.finish_reasons) != request.rows:
                     raise EngineError("the engine ended a request before it was finished")
         decisions.total_s = time.perf_counter() - decisions.started
 
     @asynccontextmanager
-    async def _leases(
-        self, delta: EngineDelta | None, edit: PlannedEdit | None, decisions: Decisions
-    ) -> AsyncIterator[None]:
-        """Delta and edit are resident inside the block, and both count as in use before the first wait."""
+    async def _leases(self, delta: EngineDelta | None, wanted: Plan, decisions: Decisions) -> AsyncIterator[Plan]:
+        """Delta and edit are resident inside the block, and both count as in use before the first wait.
+
+        Gives the plan that holds: without an edit where there is none, or where it is lacking and the client allows that.
+        """
+        edit = wanted.edit
         held_delta = self._pool.hold(delta) if delta else nullcontext()
-        with held_delta, self._edits.hold(edit) if edit else nullcontext():
+        with held_delta, ExitStack() as held_edit:
+            if edit is not None:
+                held_edit.enter_context(self._edits.hold(edit))
             asked = time.perf_counter()
             if delta is not None:
                 await self._pool.make_resident(delta)
             decisions.delta_wait_s = time.perf_counter() - asked
+            plan = wanted
             if edit is not None:
-                asked = time.perf_counter()
-                await self._edits.make_resident(edit)
-                if decisions.steered is not None:
-                    decisions.steered.overhead_s += time.perf_counter() - asked
-            yield
+                try:
+                    await self._load_edit(edit, decisions)
+                except (NoCapacity, EditLoadFailed, EditUnavailableError) as error:
+                    if not wanted.best_effort:
+                        raise
+                    held_edit.close()
+                    decisions.answer_plainly(str(error))
+                    plan = Plan()
+            yield plan
 
-    def _decode(
-        self,
-        request: GenerationRequest,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        delta: EngineDelta | None,
-        plan: Plan,
-        decisions: Decisions,
-    ) -> AsyncGenerator[TokenEvent, None]:
+    async def _load_edit(self, edit: PlannedEdit, decisions: Decisions) -> None:
+        """Raises NoCapacity, EditLoadFailed, EngineError."""
+        asked = time.perf_counter()
+        try:
+            await self._edits.make_resident(edit)
+        finally:
+            if decisions.steered is not None:
+                decisions.steered.overhead_s += time.perf_counter() - asked
+
+    async def _answer(self, work: Work, plan: Plan, decisions: Decisions) -> AsyncGenerator[TokenEvent, None]:
+        """Decode; where the edit turns out not to be made before the first token and the client allows that, plainly."""
+        begun = False
+        try:
+            async with aclosing(self._decode(work, plan, decisions)) as events:
+                async for event in events:
+                    begun = True
+                    yield event
+            return
+        except EditNotApplied as error:
+            if begun or not plan.best_effort:
+                raise
+            decisions.answer_plainly(str(error))
+        async with aclosing(self._decode(replace(work, row_id=f"{work.row_id}-plain"), Plan(), decisions)) as events:
+            async for event in events:
+                yield event
+
+    def _decode(self, work: Work, plan: Plan, decisions: Decisions) -> AsyncGenerator[TokenEvent, None]:
+        request, sampling = work.request, work.sampling
         edit = plan.edit.edit if plan.edit else None
+        decisions.system_fingerprint = self._system_fingerprint(work.delta, edit)
         proof = Proof(self._engine, plan, decisions) if edit else None
         streams = []
-        for position, ids in enumerate(prompts):
-            row_id = f"{request.request_id}-{position}"
-            stream = self._engine.generate(row_id, ids, sampling, delta, request.cache_salt, edit)
+        for position, ids in enumerate(work.prompts):
+            row_id = f"{work.row_id}-{position}"
+            stream = self._engine.generate(row_id, ids, sampling, work.delta, request.cache_salt, edit)
             streams.append(proof.watch(position, row_id, len(ids), stream) if proof else stream)
+        if request.options.compare:
+            row_id, ids = f"{work.row_id}-default", work.prompts[0]
+            streams.append(self._engine.generate(row_id, ids, sampling, work.delta, request.cache_salt))
         if len(streams) == 1:
             return streams[0]
         joined = interleave(streams, sampling.n)
@@ -193,10 +233,10 @@ class Gateway:
             )
         return sampling
 
-    def _system_fingerprint(self, delta: EngineDelta | None, edit: PlannedEdit | None) -> str:
+    def _system_fingerprint(self, delta: EngineDelta | None, edit: EngineEdit | None) -> str:
         weights = f"{self.base_fingerprint}+{delta.digest if delta else ''}"
         if edit is not None:
-            weights += f"+{edit.edit.fingerprint}"
+            weights += f"+{edit.fingerprint}"
         return f"fp_{hashlib.sha256(weights.encode()).hexdigest()[:12]}"
 
 

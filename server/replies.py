@@ -57,7 +57,7 @@ class Reply(ABC):
             choice.finish_reason = event.finish_reason or choice.finish_reason
         return {
             **self._envelope(self.object),
-            "choices": [self.choice(index, choices[index]) for index in sorted(choices)],
+            "choices": [self.choice(index, choices[index]) | self._label(index) for index in sorted(choices)],
             "usage": self._usage(),
             "gateway": self._gateway(),
         }
@@ -73,7 +73,7 @@ class Reply(ABC):
             for choice in self.deltas(event):
                 if last is not None:
                     yield last
-                last = {**self._envelope(self.chunk_object), "choices": [choice]}
+                last = {**self._envelope(self.chunk_object), "choices": [choice | self._label(event.index)]}
                 if include_usage:
                     last["usage"] = None
                 if first:
@@ -86,6 +86,11 @@ class Reply(ABC):
             last = {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
         if last is not None:
             yield {**last, "gateway": self._gateway()}
+
+    def _label(self, index: int) -> Json:
+        """Which of a comparison's two choices this is."""
+        steered = self._decisions.steered
+        return {"steering": steered.choice_label(index)} if steered and steered.compare else {}
 
     def _envelope(self, kind: str) -> Json:
         return {
@@ -204,14 +209,7 @@ class CompletionReply(Reply):
 
 def _edited(steered: Steered) -> Json:
     """What the worker reported of the request's (first) prompt; positions are absolute, and cut after MAX_POSITIONS."""
-    return {
-        "applied": steered.applied,
-        "reason": steered.reason,
-        "profile": steered.profile,
-        "profile_digest": steered.profile_digest,
-        "direction": steered.direction,
-        "strength": steered.strength,
-        "fingerprint": f"sha256:{steered.fingerprint}" if steered.fingerprint else None,
+    report = {
         "positions": list(steered.positions[:MAX_POSITIONS]),
         "layers": [
             {
@@ -223,6 +221,16 @@ def _edited(steered: Steered) -> Json:
             }
             for layer in steered.layers
         ],
+    }
+    return {
+        "applied": steered.applied,
+        "reason": steered.reason,
+        "profile": steered.profile,
+        "profile_digest": steered.profile_digest,
+        "direction": steered.direction,
+        "strength": steered.strength,
+        "fingerprint": f"sha256:{steered.fingerprint}" if steered.fingerprint else None,
+        **(report if steered.report else {}),
         # What the prefix cache shares with requests that are not edited the same way.
         "cache_key_scope": "from_edit" if steered.fingerprint else "shared",
     }

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.core import ChatPrompt, GenerationRequest, Message, Prompt, Sampling, TextPrompt, TokenPrompt
+from server.core import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    Prompt,
+    Sampling,
+    SteeringOptions,
+    TextPrompt,
+    TokenPrompt,
+)
 from server.steering_schema import ConflictBody, SteeringBody
 from server.wire import WireModel, unsupported, wrong_field
 
@@ -59,9 +68,15 @@ class SamplingFields(WireModel):
             raise unsupported("extra_body")
         if self.steering is not None and self.conflict is not None and self.conflict.policy is not None:
             raise wrong_field("conflict.policy", "steering and conflict.policy both choose an edit; give one of them")
+        if self.compares and self.n not in (None, 1):
+            raise wrong_field("n", "steering.compare gives two choices, steered and default; it needs n = 1")
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options is only allowed when stream is true")
         return self
+
+    @property
+    def compares(self) -> bool:
+        return self.steering is not None and bool(self.steering.compare)
 
     @property
     def include_usage(self) -> bool:
@@ -95,6 +110,8 @@ class SamplingFields(WireModel):
             cache_salt=self.cache_salt,
             steering=self.steering.to_steering() if self.steering else None,
             conflict=self.conflict.to_check() if self.conflict else None,
+            options=self.steering.to_options() if self.steering else SteeringOptions(),
+            opt_out=self.steering is None and "steering" in self.model_fields_set,
         )
 
 
@@ -166,6 +183,8 @@ class CompletionRequest(SamplingFields):
                 raise unsupported(field)
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of")
+        if self.compares and len(self.prompts()) != 1:
+            raise wrong_field("prompt", "steering.compare gives two choices, steered and default; it needs one prompt")
         return self
 
     def prompts(self) -> tuple[Prompt, ...]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from server.artifacts.pool import PlannedEdit
@@ -17,6 +18,7 @@ from server.core import (
     ChatPrompt,
     ConflictCheck,
     FeatureSteering,
+    GatewayError,
     GenerationRequest,
     GenerationSteps,
     InvalidRequest,
@@ -26,6 +28,7 @@ from server.core import (
 )
 from server.decisions import Decisions, Steered, SteeringMode, Warning
 from server.engine.base import EngineEdit
+from server.latent_values import plain_values
 from server.wire import MissingParameter
 
 Json = dict[str, Any]
@@ -33,6 +36,10 @@ Json = dict[str, Any]
 
 class BaseMismatch(KindError):
     """The artifact was made for another base than the one that runs now."""
+
+
+class DefaultUnavailable(GatewayError):
+    """The steering that the operator has set for all requests cannot be used, whatever the request says of itself."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine is asked to do, and what its report is held against. `edit` None: nothing."""
+    """What the engine is asked to do, and what its report is held against. `edit` None: nothing.
+
+    `best_effort`: where the edit cannot be made, the request is answered plainly.
+    """
 
     edit: PlannedEdit | None = None
     edits_rows: bool = False  # False: the edit only scores
     prompt: PromptPositions = None
     generation: GenerationSteps = None
     at_least: float | None = None  # the score from which on a policy's edit is applied
+    best_effort: bool = False
 
 
 def edited_positions(prompt: PromptPositions, length: int) -> Sequence[int]:
@@ -90,30 +101,34 @@ def _outside(message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Planner:
-    """Resolves names to digests and checks what only the artifacts can tell."""
+    """Resolves names to digests and checks what only the artifacts can tell.
+
+    `default` steers every request that brings neither `steering` nor a policy, unless it opts out where that is allowed.
+    """
 
     profiles: Registry[ProfileVersion]
     saes: Registry[SAEVersion]
     base_fingerprint: str
     template_sha256: str
     max_strength: float
+    default: ProfileSteering | None = None
+    allow_opt_out: bool = True
 
     def plan(self, request: GenerationRequest, decisions: Decisions) -> Plan:
-        """Fills `decisions.steered` in. Raises InvalidRequest, MissingParameter, NameNotFound, BaseMismatch."""
-        steering, conflict = request.steering, request.conflict
-        chosen = conflict.then if conflict and conflict.then else steering
+        """Fills `decisions.steered` in.
+
+        Raises InvalidRequest, MissingParameter, NameNotFound, BaseMismatch, DefaultUnavailable.
+        """
+        conflict, options = request.conflict, request.options
+        chosen, mode = self._chosen(request)
         scored = conflict is not None and (conflict.score or conflict.then is not None)
         if chosen is None and not scored:
             return Plan()
-        steered = decisions.steered = Steered(_mode(conflict, steering))
-        tables = None
-        if isinstance(chosen, ProfileSteering):
-            tables = self._of_profile(chosen, steered)
-        elif chosen is not None:
-            tables = self._of_features(chosen)
-        probe = self._probe(conflict, steering) if conflict is not None and scored else None
-        if conflict is not None and conflict.then is not None and tables is not None and probe is not None:
-            _check_order(probe, tables)
+        steered = decisions.steered = Steered(mode, compare=options.compare, report=options.report)
+        tables = self._tables(chosen, steered) if chosen is not None else None
+        probe = self._probe(conflict, chosen) if conflict is not None and scored else None
+        if tables is not None and probe is not None:
+            _check_order(probe, tables, mode)
         path = self.profiles.path(probe.digest) if probe else ""
         edit = planned_edit(tables, probe, path, conflict.at_least if conflict else None)
         steered.outcome = "failed"  # until the engine's report says better
@@ -128,7 +143,33 @@ class Planner:
         if tables is None:
             return Plan(edit)
         steered.features = tables.features
-        return Plan(edit, True, tables.prompt, tables.generation, conflict.at_least if conflict else None)
+        at_least = conflict.at_least if conflict else None
+        return Plan(edit, True, tables.prompt, tables.generation, at_least, options.best_effort)
+
+    def _chosen(self, request: GenerationRequest) -> tuple[ProfileSteering | FeatureSteering | None, SteeringMode]:
+        """What steers the request: its policy, its own steering, or the default. Raises InvalidRequest."""
+        if request.conflict is not None and request.conflict.then is not None:
+            return request.conflict.then, "policy"
+        if request.steering is not None:
+            return request.steering, "profile" if isinstance(request.steering, ProfileSteering) else "features"
+        if self.default is None or (request.opt_out and self.allow_opt_out):
+            return None, "score"
+        if request.opt_out:
+            message = "this server steers every request: leave steering out or give another one, but not null"
+            raise InvalidRequest(message, param="steering")
+        return self.default, "default"
+
+    def _tables(self, chosen: ProfileSteering | FeatureSteering, steered: Steered) -> Tables:
+        if isinstance(chosen, FeatureSteering):
+            return self._of_features(chosen)
+        if steered.mode != "default":
+            return self._of_profile(chosen, steered)
+        try:
+            return self._of_profile(chosen, steered)
+        except (InvalidRequest, KindError) as error:
+            steered.outcome = "failed"
+            without = '; "steering": null does without it' if self.allow_opt_out else ""
+            raise DefaultUnavailable(f"this server's default steering cannot be used: {error}{without}") from error
 
     def _of_profile(self, wanted: ProfileSteering, steered: Steered) -> Tables:
         version = self._profile(wanted.profile, f"{wanted.field}.profile")
@@ -173,7 +214,10 @@ class Planner:
                     raise InvalidRequest(f"the SAE has the features 0 to {version.d_sae - 1}", param=param)
                 if feature.id in features:
                     raise InvalidRequest(f"feature {feature.id} of that SAE is edited twice", param=param)
-                features[feature.id] = {"id": feature.id, "op": feature.op, "value": float(feature.value)}
+                features[feature.id] = {"id": feature.id, "op": feature.op}
+            values = plain_values(edit, version, Path(self.saes.path(version.digest)), at)
+            for feature, value in zip(edit.features, values, strict=True):
+                features[feature.id]["value"] = value
         used = sorted((version.layer, digest) for digest, (version, features) in found.items() if features)
         tables = [
             {
@@ -196,14 +240,12 @@ class Planner:
             idle=idle,
         )
 
-    def _probe(self, conflict: ConflictCheck, steering: ProfileSteering | FeatureSteering | None) -> Probe:
+    def _probe(self, conflict: ConflictCheck, chosen: ProfileSteering | FeatureSteering | None) -> Probe:
         """The probe of the profile that the check names, or else of the one that steers."""
         if conflict.profile is not None:
             name, param = conflict.profile, "conflict.profile"
-        elif conflict.then is not None:
-            name, param = conflict.then.profile, "conflict.policy.then.profile"
-        elif isinstance(steering, ProfileSteering):
-            name, param = steering.profile, "steering.profile"
+        elif isinstance(chosen, ProfileSteering):
+            name, param = chosen.profile, f"{chosen.field}.profile"
         else:
             raise MissingParameter("name the profile whose probe scores the conflict", param="conflict.profile")
         version = self._profile(name, param)
@@ -242,21 +284,27 @@ class Planner:
         return {"path": registry.path(digest), "digest": digest}
 
 
-def _mode(conflict: ConflictCheck | None, steering: ProfileSteering | FeatureSteering | None) -> SteeringMode:
-    if conflict is not None and conflict.then is not None:
-        return "policy"
-    if steering is None:
-        return "score"
-    return "profile" if isinstance(steering, ProfileSteering) else "features"
+def _check_order(probe: Probe, tables: Tables, mode: SteeringMode) -> None:
+    """A score is that of the unedited prompt; the layer that a probe reads may be edited, for it is read first.
 
-
-def _check_order(probe: Probe, tables: Tables) -> None:
-    if probe.facts.layer >= tables.first_layer and not tables.idle:
+    The worker refuses the same (worker/resident.py), where it would be the server's failure.
+    """
+    reads, edited = probe.facts.layer, tables.first_layer
+    if tables.idle:
+        return
+    if mode == "policy" and reads >= edited:
         message = (
-            f"the probe reads layer {probe.facts.layer} and the edit begins at layer {tables.first_layer}: "
+            f"the probe reads layer {reads} and the edit begins at layer {edited}: "
             "a policy needs a probe below the first edited layer"
         )
         raise InvalidRequest(message, param="conflict.policy.then")
+    if reads > edited:
+        message = (
+            f"the probe reads layer {reads}, behind the first edited layer {edited}, and the score is that of the unedited "
+            f'prompt: ask for it with "steering": null, edit only layers from {reads} on, or name in conflict.profile one '
+            f"whose probe reads a layer up to {edited}"
+        )
+        raise InvalidRequest(message, param="conflict")
 
 
 def profile_table(

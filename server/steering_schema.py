@@ -1,6 +1,6 @@
 """The wire models of `steering` and `conflict`: checked for shape and range; names are resolved by steering.py."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,9 +10,11 @@ from server.core import (
     FeatureEdit,
     FeatureSteering,
     GenerationSteps,
+    OfMax,
     ProfileSteering,
     PromptPositions,
     SAEEdit,
+    SteeringOptions,
     Window,
 )
 from server.wire import OwnModel, missing_field, wrong_field
@@ -22,6 +24,7 @@ MAX_FEATURES = 256
 MAX_POSITIONS = 1024
 MAX_LAYERS = 256
 MAX_VALUE = 1e6  # far above what any latent reaches, far below what overflows fp32
+MAX_FACTOR = 100.0  # of a latent's recorded maximum; text falls apart long before
 _INDEX = 1 << 31
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -63,6 +66,22 @@ def _generation_steps(value: object) -> GenerationSteps:
     raise PydanticCustomError("generation_steps", 'give "all", {"window": [0, 8]} or null')
 
 
+def _within(value: object, limit: float) -> TypeGuard[int | float]:
+    return type(value) in (int, float) and -limit <= value <= limit  # type: ignore[operator]  # a number; False for NaN
+
+
+def _latent_value(value: object) -> float | OfMax | None:
+    if value is None:
+        return None
+    if _within(value, MAX_VALUE):
+        return float(value)
+    if isinstance(value, dict) and value.keys() == {"x_max"} and _within(value["x_max"], MAX_FACTOR):
+        return OfMax(float(value["x_max"]))
+    raise PydanticCustomError(
+        "latent_value", 'give a number from -1e6 to 1e6, or {"x_max": 2} with a factor from -100 to 100'
+    )
+
+
 class Apply(OwnModel):
     prompt: Annotated[Any, BeforeValidator(_prompt_positions)] = "last"
     generation: Annotated[Any, BeforeValidator(_generation_steps)] = None
@@ -71,7 +90,7 @@ class Apply(OwnModel):
 class Feature(OwnModel):
     id: Annotated[int, Field(ge=0, lt=_INDEX)]
     op: Literal["raise", "lower", "set", "add", "scale", "ablate"]
-    value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
+    value: Annotated[Any, BeforeValidator(_latent_value)] = None
 
     @model_validator(mode="after")
     def _value_fits_op(self) -> Self:
@@ -80,7 +99,9 @@ class Feature(OwnModel):
                 raise wrong_field("value", "ablate takes no value")
         elif self.value is None:
             raise missing_field("value", f"{self.op} needs a value")
-        elif self.value < 0 and self.op != "add":
+        elif isinstance(self.value, OfMax) and self.op == "scale":
+            raise wrong_field("value", "scale takes a plain factor, of what the latent is at that moment")
+        elif self.op != "add" and (self.value.factor if isinstance(self.value, OfMax) else self.value) < 0:
             raise wrong_field("value", f"{self.op} needs a value of at least 0: latents are never negative")
         return self
 
@@ -95,6 +116,10 @@ class EditBody(OwnModel):
         return SAEEdit(self.sae, tuple(features))
 
 
+class Return(OwnModel):
+    report: bool = True
+
+
 class SteeringBody(OwnModel):
     """A profile, or free edits; never both."""
 
@@ -104,6 +129,9 @@ class SteeringBody(OwnModel):
     strength_mode: Literal["targets", "delta"] | None = None
     layers: Layers | None = None
     edits: Annotated[list[EditBody], Field(max_length=MAX_EDITS)] | None = None
+    on_unavailable: Literal["error", "ignore"] | None = None
+    compare: bool | None = None
+    returned: Annotated[Return | None, Field(alias="return")] = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -132,6 +160,13 @@ class SteeringBody(OwnModel):
         edits = self.edits or []
         apply = edits[0].apply if edits else Apply()
         return FeatureSteering(tuple(edit.to_edit() for edit in edits), apply.prompt, apply.generation)
+
+    def to_options(self) -> SteeringOptions:
+        return SteeringOptions(
+            best_effort=self.on_unavailable == "ignore",
+            compare=bool(self.compare),
+            report=self.returned is None or self.returned.report,
+        )
 
 
 class Then(OwnModel):

@@ -12,7 +12,8 @@ from server.artifacts.registry import PROFILE, SAE, DeltaRegistry, Registry, She
 from server.artifacts.store import Store
 from server.artifacts.versions import ProfileVersion, Ref, SAEVersion
 from server.auth import Keyring
-from server.config import Settings
+from server.config import Settings, SteeringSettings
+from server.core import ProfileSteering
 from server.engine.base import Engine
 from server.gateway import Gateway
 from server.prompt import PromptRenderer, Tokenizer
@@ -45,7 +46,15 @@ def wire(
     pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
     prompts = PromptRenderer(tokenizer)
-    planner = Planner(profiles, saes, base.fingerprint, prompts.template_sha256, settings.steering.max_strength)
+    planner = Planner(
+        profiles,
+        saes,
+        base.fingerprint,
+        prompts.template_sha256,
+        settings.steering.max_strength,
+        _default_steering(settings.steering),
+        settings.steering.allow_opt_out,
+    )
     drain_s = limits.drain_timeout_s
     edge = settings.server
     context = Context(
@@ -65,3 +74,9 @@ def wire(
         [key.get_secret_value() for key in auth.api_keys], [key.get_secret_value() for key in auth.admin_keys]
     )
     return context, keyring
+
+
+def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:
+    """`field`: where a request says what of it can be changed, the profile whose probe scores."""
+    chosen = settings.default
+    return ProfileSteering("conflict", chosen.profile, chosen.direction, chosen.strength) if chosen else None

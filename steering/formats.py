@@ -24,6 +24,7 @@ from steering.sae import SAE, Hook, Normalize
 __all__ = ["PackedSAE", "check_sae_file", "load_sae", "open_sae", "pack_sae", "save_saelens"]
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _GATE = ("b_gate", "b_mag", "r_mag")
+_MAXIMA = "maxima.safetensors"  # ours, beside what SAELens writes: the tensor `maxima` [n]
 _BOOL_NORM = {False: "none", True: "expected_average_only_in"}
 _HF_POINT = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _TL_POINT = re.compile(r"^blocks\.(\d+)\.hook_resid_(post|pre)$")
@@ -58,7 +59,10 @@ def load_sae(path: Path) -> SAE:
 
 
 def save_saelens(sae: SAE, folder: Path) -> None:
-    """Write a SAELens v6 folder: `cfg.json` and `sae_weights.safetensors`. sae-lens loads it and reconstructs the same."""
+    """Write a SAELens v6 folder: `cfg.json` and `sae_weights.safetensors`. sae-lens loads it and reconstructs the same.
+
+    The largest activation of each latent goes into a file of its own, `maxima.safetensors`, where it is known.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         "architecture": sae.architecture,
@@ -87,6 +91,10 @@ def save_saelens(sae: SAE, folder: Path) -> None:
     tensors |= {name: tensor for name in ("b_enc", "threshold", *_GATE) if (tensor := getattr(sae, name)) is not None}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if sae.maxima is not None:
+        save_file({"maxima": sae.maxima.contiguous()}, folder / _MAXIMA)
+    else:
+        (folder / _MAXIMA).unlink(missing_ok=True)  # of an SAE that was here before
 
 
 def _known(folder: Path) -> bool:
@@ -133,6 +141,9 @@ def _saelens(folder: Path) -> SAE:
         normalize=cast(Normalize, normalize),  # checked by SAE itself
         scale=float(scale) if normalize == "expected_average_only_in" and scale is not None else None,
         rescale_by_decoder_norm=bool(flat.get("rescale_acts_by_decoder_norm", False)),
+        maxima=_tensor(_tensors(folder / _MAXIMA), "maxima", folder / _MAXIMA)
+        if (folder / _MAXIMA).is_file()
+        else None,
         model_name=str(flat.get("model_name") or ""),
         metadata=metadata,
     )

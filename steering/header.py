@@ -6,9 +6,10 @@ Both are safetensors files whose metadata holds one JSON object; nothing in them
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +17,7 @@ from steering.errors import ProfileError, SAEFormatError, SteeringError
 
 PROFILE_KEY = "deltaworks.profile"
 SAE_KEY = "deltaworks.sae"
+MAXIMA = "max"  # the tensor of a one-file SAE with the largest activation of each latent [n], fp32
 _MAX_HEADER = 16 << 20
 Scalar = str | int | float | bool | None
 HeaderT = TypeVar("HeaderT", bound=BaseModel)
@@ -94,6 +96,24 @@ def read_sae_header(path: Path) -> SAEHeader:
     return _read(path, SAE_KEY, SAEHeader, "a one-file SAE", SAEFormatError)
 
 
+def has_maxima(path: Path) -> bool:
+    """Whether a one-file SAE records the largest activation of each latent. Raises OSError, ValueError for other files."""
+    with path.open("rb") as file:
+        return MAXIMA in _header_of(file)[0]
+
+
+def read_maxima(path: Path, ids: Sequence[int]) -> list[float]:
+    """The largest recorded activations of the latents `ids` of a checked one-file SAE that has them; nothing else is read."""
+    with path.open("rb") as file:
+        header, data = _header_of(file)
+        start = data + header[MAXIMA]["data_offsets"][0]
+        found: list[float] = []
+        for latent in ids:
+            file.seek(start + 4 * latent)
+            found += struct.unpack("<f", file.read(4))
+    return found
+
+
 def metadata_of(key: str, header: BaseModel) -> dict[str, str]:
     """The metadata of a safetensors file with this header: canonical JSON, so that equal content gives equal bytes."""
     return {key: json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))}
@@ -117,13 +137,18 @@ def _read(path: Path, key: str, kind: type[HeaderT], what: str, error: type[Stee
 
 def _metadata(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        text = file.read(length) if len(prefix) == 8 and length <= _MAX_HEADER else b""
+        metadata = _header_of(file)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _header_of(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their data begins. Raises ValueError."""
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    text = file.read(length) if len(prefix) == 8 and length <= _MAX_HEADER else b""
     if not text.startswith(b"{"):  # only then: the length of a good header may begin with the bytes of a pickle
         if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
             raise ValueError("it is a pickle (a PyTorch .pt or .bin file), which is never loaded")
         raise ValueError("it is no safetensors file, or a damaged one")
     found = json.loads(text)
-    metadata = found.get("__metadata__") if isinstance(found, dict) else None
-    return metadata if isinstance(metadata, dict) else {}
+    return (found if isinstance(found, dict) else {}), 8 + length

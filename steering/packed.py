@@ -2,6 +2,7 @@
 
     W_enc [n, d], W_dec [n, d]      a row per latent, W_enc transposed against SAELens: a gather touches k rows of the file
     b_dec [d]                       b_enc [n], threshold [n] | b_gate, b_mag, r_mag [n], as the architecture needs them
+    max [n]                         the largest activation of each latent, fp32; only where it is known
 
 The metadata's `deltaworks.sae` is the header (steering/header.py).
 """
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from steering.errors import SAEFormatError, SAEMismatchError
-from steering.header import SAE_KEY, SAEHeader, metadata_of, read_sae_header
+from steering.header import MAXIMA, SAE_KEY, SAEHeader, metadata_of, read_sae_header
 from steering.latents import LatentRows, fold
 from steering.sae import NORM_OF, SAE, VECTORS, Hook, latent_index
 
@@ -72,6 +73,7 @@ class PackedSAE:
             normalize=header.normalize,
             scale=header.scale,
             rescale_by_decoder_norm=header.rescale_by_decoder_norm,
+            maxima=self.tensors.get(MAXIMA),
             model_name=header.model_name,
             metadata={"base_fingerprint": header.base_fingerprint} if header.base_fingerprint else {},
             **{name: self.tensors[name].float() for name in VECTORS[header.architecture]},
@@ -101,6 +103,8 @@ def pack_sae(sae: SAE, file: Path, dtype: torch.dtype = torch.float32) -> SAEHea
     )
     tensors = {"W_enc": sae.w_enc.T.to(dtype), "W_dec": sae.w_dec.to(dtype), "b_dec": sae.b_dec.float()}
     tensors |= {name: getattr(sae, name).float() for name in VECTORS[sae.architecture]}
+    if sae.maxima is not None:
+        tensors[MAXIMA] = sae.maxima.float()
     temporary = file.with_name(file.name + ".tmp")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata_of(SAE_KEY, header))
@@ -119,6 +123,8 @@ def open_sae(file: Path) -> PackedSAE:
         raise SAEFormatError(f"{file.name} cannot be read: {error}") from error
     d, n = header.d_in, header.d_sae
     shapes = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)} | dict.fromkeys(VECTORS[header.architecture], (n,))
+    if MAXIMA in tensors:
+        shapes[MAXIMA] = (n,)
     if tensors.keys() != shapes.keys():
         raise SAEFormatError(
             f"an SAE of architecture {header.architecture} holds {', '.join(shapes)}, not {[*tensors]}"
@@ -127,6 +133,8 @@ def open_sae(file: Path) -> PackedSAE:
         if tuple(tensors[name].shape) != shape or tensors[name].dtype not in _DTYPES:
             found = f"{list(tensors[name].shape)} in {tensors[name].dtype}"
             raise SAEFormatError(f"{name} is {found}; the header says {list(shape)}, in fp32, bf16 or fp16")
+    if MAXIMA in tensors and tensors[MAXIMA].dtype != torch.float32:  # single values are read without torch
+        raise SAEFormatError(f"{MAXIMA} is stored in {tensors[MAXIMA].dtype}, not in fp32")
     if header.architecture == "topk" and header.k is None:
         raise SAEFormatError("the header of an SAE of architecture topk needs k")
     if (header.scale is None) != (header.normalize != "expected_average_only_in"):
@@ -145,6 +153,8 @@ def check_sae_file(file: Path, base_fingerprint: str | None, d_in: int, num_laye
     for name, tensor in packed.tensors.items():
         if not all(bool(torch.isfinite(rows).all()) for rows in torch.split(tensor, _CHECKED_ROWS)):
             raise SAEFormatError(f"{name} has values that are not finite")
+    if MAXIMA in packed.tensors and bool((packed.tensors[MAXIMA] < 0).any()):
+        raise SAEFormatError(f"{MAXIMA} has values below 0, which no latent reaches")
     if header.d_in != d_in:
         raise SAEMismatchError(f"the SAE reads streams of width {header.d_in}, the base's have {d_in}")
     if header.hook_layer >= num_layers:

@@ -42,7 +42,8 @@ class Hook:
 class SAE:
     """`w_enc` [d, n], `b_enc` [n] (gated: None), `w_dec` [n, d], `b_dec` [d], all fp32.
 
-    `scale`: constant that rows are multiplied by first (`expected_average_only_in`). `k`: the topk architecture's. Raises
+    `scale`: constant that rows are multiplied by first (`expected_average_only_in`). `k`: the topk architecture's.
+    `maxima` [n]: the largest activation of each latent where it was measured (0: it never fired), where that is known. Raises
     SAEFormatError on creation when shapes do not fit, a tensor is missing or a value is not finite.
     """
 
@@ -61,6 +62,7 @@ class SAE:
     normalize: Normalize = "none"
     scale: float | None = None
     rescale_by_decoder_norm: bool = False
+    maxima: torch.Tensor | None = None
     model_name: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -198,6 +200,8 @@ def _check(sae: SAE) -> None:
         raise SAEFormatError(f"W_dec has shape {list(sae.w_dec.shape)}, not [latents, width]")
     n, d = sae.w_dec.shape
     shapes = {"w_enc": (d, n), "w_dec": (n, d), "b_dec": (d,)} | dict.fromkeys(VECTORS[sae.architecture], (n,))
+    if sae.maxima is not None:
+        shapes["maxima"] = (n,)
     for name, shape in shapes.items():
         tensor = getattr(sae, name)
         if tensor is None:
@@ -206,6 +210,8 @@ def _check(sae: SAE) -> None:
             raise SAEFormatError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if not bool(torch.isfinite(tensor).all()):
             raise SAEFormatError(f"{name} has values that are not finite")
+    if sae.maxima is not None and bool((sae.maxima < 0).any()):
+        raise SAEFormatError("maxima has values below 0, which no latent reaches")
     if sae.architecture == "topk" and not (sae.k and sae.k > 0):
         raise SAEFormatError("an SAE of architecture topk needs k, a positive number")
     if sae.normalize == "expected_average_only_in" and not (sae.scale and sae.scale > 0):

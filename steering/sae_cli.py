@@ -100,6 +100,7 @@ def _described(sae: SAE) -> dict[str, Any]:
         "normalize": sae.normalize,
         "subtract_b_dec": sae.subtract_b_dec,
         "model_name": sae.model_name or None,
+        "maxima": sae.maxima is not None,
     }
 
 

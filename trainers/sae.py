@@ -1,7 +1,8 @@
 """`deltaworks train sae`: record the streams of a model, train one SAE per layer, measure and save them.
 
 A run's folder: run.json (all that is needed to repeat it), activations/, checkpoints/, layer-<L>/ (SAELens v6 folders that
-sae-lens loads), report.json, report.md, report.png. Parts that are there are kept, so a run that was interrupted goes on.
+sae-lens loads, and maxima.safetensors with each latent's largest activation), report.json, report.md, report.png. Parts that are
+there are kept, so a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ def train_saes(recipe: SAERecipe, folder: Path, output: Path, base: str | None, 
         found = trained[layer] = train_layer(recorded, layer, recipe.train, recipe.seed + layer, checkpoint)
         held_out = np.asarray(recorded.layer(layer)[: recorded.held_out])
         sae = to_sae(found, recipe.train, held_out, layer, model_folder.name, record["base_fingerprint"])
-        report, rates[layer] = measure(layer, sae, held_out, found, model(), loss_ids)
-        reports.append(report)
+        measured = measure(layer, sae, held_out, found, model(), loss_ids)
+        reports.append(measured.report)
+        rates[layer] = measured.rates
         folders[layer] = output / f"layer-{layer}"
-        save_saelens(sae, folders[layer])
+        save_saelens(replace(sae, maxima=measured.maxima), folders[layer])
     record["wall_s"] = round(time.monotonic() - started, 1)
     write_json(output / "run.json", record)
     write_json(output / "report.json", as_json(reports))

@@ -34,12 +34,21 @@ class LayerReport:
     steps: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The report of a layer, and of every latent [n] how often it fired and its largest activation (0: it never fired)."""
+
+    report: LayerReport
+    rates: torch.Tensor
+    maxima: torch.Tensor
+
+
 def measure(
     layer: int, sae: SAE, rows: npt.NDArray[np.float16], trained: Trained, model: Any, sequences: torch.Tensor
-) -> tuple[LayerReport, torch.Tensor]:
-    """`rows` [N, d] and `sequences` [S, context] were not trained on. Also gives the firing rate of every latent [n]."""
+) -> Measured:
+    """`rows` [N, d] and `sequences` [S, context] were not trained on."""
     squared = cosine = active = 0.0
-    fired = torch.zeros(sae.d_sae)
+    fired, maxima = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae)
     mean = torch.from_numpy(rows.astype(np.float32)).mean(0)
     total = 0.0
     for start in range(0, len(rows), _CHUNK):
@@ -51,6 +60,7 @@ def measure(
         cosine += float(torch.cosine_similarity(x, x_hat).sum())
         active += float((z > 0).sum())
         fired += (z > 0).sum(0)
+        maxima = torch.maximum(maxima, z.amax(0))
     clean, spliced, zero = (_loss(model, sequences, layer, change) for change in (None, sae, 0.0))
     report = LayerReport(
         layer=layer,
@@ -65,7 +75,7 @@ def measure(
         rows=len(rows),
         steps=trained.steps,
     )
-    return report, fired / len(rows)
+    return Measured(report, fired / len(rows), maxima)
 
 
 def _loss(model: Any, sequences: torch.Tensor, layer: int, change: SAE | float | None) -> float:

@@ -83,6 +83,7 @@ def profile_check(base: Shape) -> Check[ProfileVersion]:
 def sae_check(base: Shape) -> Check[SAEVersion]:
     def check(incoming: Incoming) -> SAEVersion:
         from steering.formats import check_sae_file
+        from steering.header import has_maxima
 
         with _path_untold(incoming.path):
             header = check_sae_file(incoming.path, base.fingerprint, base.d_in, base.num_layers)
@@ -96,6 +97,7 @@ def sae_check(base: Shape) -> Check[SAEVersion]:
             layer=header.hook_layer,
             d_in=header.d_in,
             d_sae=header.d_sae,
+            has_maxima=has_maxima(incoming.path),
         )
 
     return check

@@ -49,12 +49,15 @@ class ProfileVersion(Version):
 
 
 class SAEVersion(Version):
+    """`has_maxima`: the file records the largest activation of each latent."""
+
     base_fingerprint: str | None
     model_name: str
     architecture: str
     layer: int
     d_in: int
     d_sae: int
+    has_maxima: bool = False
 
 
 V = TypeVar("V", bound=Version)

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -41,10 +41,12 @@ async def _answer(
     exchange = Exchange.of(request.scope)
     exchange.stream = bool(body.stream)
     events = context.gateway.generate(generation, exchange.decisions)
-    first = await until_gone(request.receive, anext(events))
-    if body.stream:
-        return EventStream(first, events, reply, body.include_usage, exchange)
-    async with aclosing(events):
+    async with AsyncExitStack() as leaving:  # also when this handler is cancelled just as the first event comes
+        await leaving.enter_async_context(aclosing(events))
+        first = await until_gone(request.receive, anext(events))
+        if body.stream:
+            leaving.pop_all()
+            return EventStream(first, events, reply, body.include_usage, exchange)
         return JSONResponse(await until_gone(request.receive, reply.body(_chain(first, events))))
 
 

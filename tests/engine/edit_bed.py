@@ -25,12 +25,14 @@ LAYERS = {"use_context": (0, 1), "use_parameter": (1, 2)}
 PROBE_LAYER = 0
 
 
-def write_random_profile(path: Path, seed: int = 3, width: int = WIDTH, probe: bool = True) -> Path:
+def write_random_profile(
+    path: Path, seed: int = 3, width: int = WIDTH, probe: bool = True, probe_layer: int = PROBE_LAYER
+) -> Path:
     """Sixteen latents for each side in each of three layers, strong enough to change what a random model says."""
     random = torch.Generator().manual_seed(seed)
     layers = {layer: _selection(random, width) for layer in range(3)}
     weight = torch.randn(width, generator=random)
-    found = Probe(PROBE_LAYER, 0.1 * weight, torch.zeros(1), torch.zeros(width), 0.1 * torch.ones(width))
+    found = Probe(probe_layer, 0.1 * weight, torch.zeros(1), torch.zeros(width), 0.1 * torch.ones(width))
     header = ProfileHeader(
         base_fingerprint="tiny",
         model_name="tiny",
@@ -38,7 +40,7 @@ def write_random_profile(path: Path, seed: int = 3, width: int = WIDTH, probe: b
         d_in=width,
         directions={name: DirectionHeader(layers=chosen, strength=2.0) for name, chosen in LAYERS.items()},
         layers={layer: LayerHeader(sae_sha256="", n_context=16, n_parameter=16) for layer in layers},
-        probe=ProbeHeader(layer=PROBE_LAYER, auroc=0.9, accuracy=0.9, n=10) if probe else None,
+        probe=ProbeHeader(layer=probe_layer, auroc=0.9, accuracy=0.9, n=10) if probe else None,
     )
     write_profile(path, header, layers, found if probe else None)
     return path

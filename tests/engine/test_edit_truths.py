@@ -210,6 +210,19 @@ def test_a_steered_cache_is_never_read_by_plain_requests(runner: Runner, made):
         assert_same(answer, cold(runner, row, 8))
 
 
+def test_the_plain_row_of_a_comparison_is_the_plain_row_and_shares_the_prefix(runner: Runner, made):
+    """Started together with the steered row, as the gateway does, from an empty cache."""
+    prompt = tuple(range(44_000, 44_000 + 2 * BLOCK + 10))
+
+    def pair(first: EngineEdit | None, salt: str) -> list[Answer]:
+        return runner.answer([Row(prompt, None, salt, first), Row(prompt, None, salt)], COUNT)
+
+    alone, (steered, beside) = pair(None, "pair-plain")[1], pair(made["last"], "pair-compared")
+    assert (beside.tokens, beside.logprobs) == (alone.tokens, alone.logprobs)
+    assert steered.tokens != beside.tokens
+    assert (steered.cached, beside.cached) == (0, 2 * BLOCK)
+
+
 def test_edits_of_the_whole_prompt_share_among_themselves(runner: Runner, made):
     prompt = tuple(range(33_000, 33_000 + 2 * BLOCK + 20))
     longer = (*prompt, *range(200, 330))

@@ -54,6 +54,7 @@ class FakeEngine:
         self.edit_unloads: list[str] = []
         self.edit_error: Exception | None = None
         self.asked: list[EngineEdit | None] = []
+        self.row_ids: list[str] = []
         self.score: float | None = 0.5
         self.spoil: Callable[[EditReport], EditReport | None] = lambda report: report
         self._reports: dict[str, EditReport] = {}
@@ -75,6 +76,7 @@ class FakeEngine:
     ) -> AsyncGenerator[TokenEvent, None]:
         self.calls.append((list(ids), sampling, delta, salt))
         self.asked.append(edit)
+        self.row_ids.append(request_id)
         if edit is not None:
             assert edit.fingerprint in self.edits
             self._reports[request_id] = self._report(edit, len(ids))

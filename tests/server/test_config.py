@@ -7,6 +7,8 @@ import pytest
 
 from server.config import Settings, SettingsError, load_settings
 
+DEFAULT = '[steering.default]\nprofile = "p"\ndirection = "use_context"\n'
+
 
 def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
@@ -28,6 +30,17 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> N
         ("port = 1", {}, "must be a section"),
         ("[server]\nport = 99999", {}, "setting 'server.port'"),
         ("[steering]\nmax_strength = inf", {}, "setting 'steering.max_strength'"),
+        ('[steering.default]\nprofile = "p"', {}, "setting 'steering.default.direction': Field required"),
+        ('[steering.default]\nprofile = "p"\ndirection = "up"', {}, "setting 'steering.default.direction'"),
+        (
+            '[steering.default]\nprofil = "p"',
+            {},
+            r"unknown setting 'steering.default.profil' \(did you mean 'profile'\?\)",
+        ),
+        ("[steering]\ndefault = 3", {}, "setting 'steering.default'"),
+        (DEFAULT + "strength = 5", {}, "default's strength is over max_strength 4"),
+        ("", {"DELTAWORKS__STEERING__DEFAULT__": "p"}, "expected DELTAWORKS__SECTION__KEY"),
+        ("", {"DELTAWORKS__STEERING__DEFAULT__PROFIL": "p"}, "did you mean 'profile'"),
         ("[server", {}, "cannot read the settings file"),
         ("", {"DELTAWORKS__SERVER__PROT": "1"}, "did you mean 'port'"),
         ("", {"DELTAWORKS__PORT": "1"}, "expected DELTAWORKS__SECTION__KEY"),
@@ -39,6 +52,21 @@ def test_mistakes_are_named(tmp_path: Path, text: str, environ: dict[str, str], 
     file.write_text(text)
     with pytest.raises(SettingsError, match=message):
         load_settings(file, environ, {})
+
+
+def test_section_of_a_section_is_overridden_key_by_key_and_printed(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(DEFAULT + "strength = 1.5\n[steering]\nallow_opt_out = true\n")
+    environ = {"DELTAWORKS__STEERING__DEFAULT__PROFILE": "q", "DELTAWORKS__STEERING__ALLOW_OPT_OUT": "false"}
+    steering = load_settings(file, environ, {}).steering
+    assert steering.default is not None
+    found = (steering.default.profile, steering.default.direction, steering.default.strength, steering.allow_opt_out)
+    assert found == ("q", "use_context", 1.5, False)
+    settings = load_settings(file, environ, {"steering": {"default": {"strength": 2}}})
+    assert settings.steering.default is not None
+    assert (settings.steering.default.profile, settings.steering.default.strength) == ("q", 2)
+    file.write_text(settings.to_toml())
+    assert load_settings(file, {}, {}) == settings
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Clients that go away: over real sockets, because only those can break."""
 
+import asyncio
 import hashlib
 import http.client
 import json
@@ -155,3 +156,17 @@ def _read_until(connection: socket.socket, word: bytes) -> bytes:
     while word not in received:
         received += connection.recv(4096)
     return received
+
+
+@pytest.mark.anyio
+async def test_a_handler_cancelled_at_any_moment_frees_its_rows(client: httpx.AsyncClient, house: Any) -> None:
+    house.engine.block_at = 1
+    for turns in range(40):  # of the loop, from the first row's start on
+        asked = asyncio.create_task(client.post("/v1/completions", json={"model": "tiny-base", "prompt": ["a", "b"]}))
+        while not house.engine.running:
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        assert house.idle(), turns

@@ -63,7 +63,9 @@ def profile(folder: Path, fingerprint: str, d_in: int = D_IN, layer: int = 2) ->
     return path.read_bytes()
 
 
-def sae(folder: Path, fingerprint: str | None, d_in: int = D_IN, layer: int = 2) -> bytes:
+def sae(
+    folder: Path, fingerprint: str | None, d_in: int = D_IN, layer: int = 2, maxima: torch.Tensor | None = None
+) -> bytes:
     path = folder / "made.sae"
     made = SAE(
         w_enc=random(d_in, D_SAE),
@@ -72,6 +74,7 @@ def sae(folder: Path, fingerprint: str | None, d_in: int = D_IN, layer: int = 2)
         b_dec=random(d_in),
         architecture="topk",
         k=4,
+        maxima=maxima,
         hook=Hook(layer),
         model_name="tiny",
         metadata={"base_fingerprint": fingerprint},
@@ -142,6 +145,7 @@ async def test_true_sae_is_described(send: Any, base: Path, tmp_path: Path) -> N
     (version,) = response.json()["versions"]
     shape = (version["architecture"], version["layer"], version["d_in"], version["d_sae"])
     assert shape == ("topk", 2, D_IN, D_SAE)
+    assert version["has_maxima"] is False
 
 
 CODES = {"profiles": {"profile_invalid"}, "saes": {"sae_invalid", "sae_mismatch"}}
@@ -208,3 +212,62 @@ async def test_uploaded_files_steer(send: Any, client: httpx.AsyncClient, base: 
     error = (await client.post("/v1/completions", json=body)).json()["error"]
     message = "the profile has no such direction; it has: use_context"
     assert (error["param"], error["message"]) == ("steering.direction", message)
+
+
+async def test_values_as_multiples_of_the_recorded_maximum(
+    send: Any, client: httpx.AsyncClient, house: Any, base: Path, tmp_path: Path
+) -> None:
+    """The engine gets plain numbers, so that the same edit said either way is one edit."""
+    fingerprint, _ = checks_for(base)
+    maxima = torch.arange(D_SAE) * 0.5
+    maxima[9] = 1e6
+    response = await send("saes", sae(tmp_path, fingerprint, maxima=maxima))
+    assert response.json()["versions"][0]["has_maxima"] is True
+
+    async def ask(*features: Any) -> httpx.Response:
+        steering = {"edits": [{"sae": "one", "features": list(features)}]}
+        return await client.post("/v1/completions", json={"model": "tiny-base", "prompt": "abc", "steering": steering})
+
+    relative = await ask(
+        {"id": 31, "op": "raise", "value": {"x_max": 2}},
+        {"id": 3, "op": "ablate"},
+        {"id": 4, "op": "add", "value": {"x_max": -0.25}},
+        {"id": 5, "op": "set", "value": 7},
+        {"id": 6, "op": "lower", "value": {"x_max": 0}},
+    )
+    assert relative.status_code == 200, relative.text
+    features = json.loads(house.engine.asked[-1].spec)["tables"][0]["features"]
+    assert [(found["id"], found["op"], found["value"]) for found in features] == [
+        (3, "ablate", 0.0),
+        (4, "add", -0.5),
+        (5, "set", 7.0),
+        (6, "lower", 0.0),
+        (31, "raise", 31.0),
+    ]
+    plain = await ask(
+        *({key: found[key] for key in ("id", "op", "value")[: 2 + (found["id"] != 3)]} for found in features)
+    )
+    assert plain.json()["gateway"]["steering"]["fingerprint"] == relative.json()["gateway"]["steering"]["fingerprint"]
+    for latent, factor, words in (
+        (0, 2, "feature 0 never fired"),
+        (9, 2, "2 times the maximum 1e+06 is over the limit"),
+    ):
+        refused = await ask({"id": 1, "op": "set", "value": 1}, {"id": latent, "op": "set", "value": {"x_max": factor}})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "steering.edits.0.features.1.value")
+        assert words in error["message"]
+    outside = await ask({"id": D_SAE, "op": "set", "value": {"x_max": 1}})
+    assert outside.json()["error"]["param"] == "steering.edits.0.features.0.id"
+
+
+async def test_names_of_earlier_servers_have_no_maxima(
+    send: Any, client: httpx.AsyncClient, house: Any, build: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    fingerprint, checks = checks_for(base)
+    await send("saes", sae(tmp_path, fingerprint))
+    ref = house.store.root / "refs" / "sae" / "one.json"
+    found = json.loads(ref.read_text())
+    del found["versions"][0]["has_maxima"]
+    ref.write_text(json.dumps(found))
+    reborn = build(checks=checks, fingerprint=fingerprint)
+    assert reborn.context.saes.get("one").versions[0].has_maxima is False

@@ -59,6 +59,17 @@ BAD_STEERING = [
     (edits(feature(value=1e7)), INVALID, "steering.edits.0.features.0.value"),
     (edits(feature(value=-1)), INVALID, "steering.edits.0.features.0.value"),
     (edits(feature(op="ablate")), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(op="ablate", value={"x_max": 1})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(op="scale", value={"x_max": 1})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_max": -1})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_max": 100.5})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_max": "2"})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_max": True})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_max": 1, "raw": 1})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value={"x_min": 1})), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(), feature(id=2, value={"x_max": 1})), INVALID, "steering.edits.0.features.1.value"),  # no maxima
+    (edits(feature(value=True)), INVALID, "steering.edits.0.features.0.value"),
+    (edits(feature(value="1")), INVALID, "steering.edits.0.features.0.value"),
     (edits(feature(vector=[1])), INVALID, "steering.edits.0.features.0.vector"),
     (edits(*(feature(id=n) for n in range(257))), INVALID, "steering.edits.0.features"),
     (edits(feature(), prompt="first"), INVALID, "steering.edits.0.apply.prompt"),
@@ -165,19 +176,21 @@ async def test_bad_conflict_is_400(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("field", ["strength", "value", "if_at_least"])
+@pytest.mark.parametrize("field", ["strength", "value", "factor", "if_at_least"])
 async def test_numbers_that_are_none_are_400(
     client: httpx.AsyncClient, house: Any, stocked: None, number: str, field: str
 ) -> None:
     objects = {
         "strength": {"steering": {**GOOD, "strength": "HERE"}},
         "value": {"steering": edits(feature(value="HERE"))},
+        "factor": {"steering": edits(feature(value={"x_max": "HERE"}))},
         "if_at_least": {"conflict": {"policy": {"if_at_least": "HERE", "then": GOOD}}},
     }
     body = json.dumps({"model": "tiny-base", "prompt": "a", **objects[field]}).replace('"HERE"', number)
     response = await client.post(COMPLETIONS, content=body.encode())
     assert response.status_code == 400
-    assert response.json()["error"]["param"] is None or response.json()["error"]["param"].endswith(field)
+    named = {"factor": "value"}.get(field, field)
+    assert response.json()["error"]["param"] is None or response.json()["error"]["param"].endswith(named)
     assert house.engine.calls == []
 
 
@@ -208,6 +221,11 @@ async def test_messages_help(client: httpx.AsyncClient, house: Any, stocked: Non
         ({**GOOD, "layers": [14]}, r"layer 14 is none of the direction's layers [12, 13]"),
         (edits(feature(id=64)), "features 0 to 63"),
         ({**GOOD, "edits": []}, "not both"),
+        (
+            edits(feature(value={"x_max": 1})),
+            "records no maxima of its latents: give a plain number, or upload it packed",
+        ),
+        (edits(feature(op="scale", value={"x_max": 1})), "plain factor"),
         (edits(feature(), prompt={"positions": [9]}), "outside the prompt of 5 tokens"),
     ):
         assert words in (await refused(client, house, {"steering": steering}))[3]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from steering.activations import load_model, read_streams
-from steering.formats import load_sae
-from trainers import sae_loop
+from steering.formats import load_sae, pack_sae
+from steering.header import read_maxima
+from trainers import sae_loop, sae_report
 from trainers.errors import DataError, RecipeError, RunError
 from trainers.sae import train_saes
 from trainers.sae_harvest import harvest
@@ -140,8 +141,9 @@ def test_recording_is_shuffled_complete_and_resumable(tiny_base: Path, tmp_path:
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_tiny_run_reconstructs_and_saves_what_it_measured(
-    architecture: str, tiny_base: Path, text_folder: Path, tmp_path: Path
+    architecture: str, tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sae_report, "_CHUNK", 64)  # so that the held-out rows are measured in several parts
     run = train_saes(_recipe(architecture=architecture), text_folder, tmp_path / "run", str(tiny_base), False)
     assert [report.layer for report in run.reports] == [0, 1]
     recording = np.memmap(tmp_path / "run" / "activations" / "layer-1.f16", np.float16, "r")
@@ -154,6 +156,10 @@ def test_tiny_run_reconstructs_and_saves_what_it_measured(
     rows = torch.from_numpy(recording.reshape(-1, sae.d_in)[: report.rows].astype(np.float32))
     error = (rows - sae.reconstruct(rows)).square().sum() / (rows - rows.mean(0)).square().sum()
     assert float(error) == pytest.approx(report.fvu, rel=1e-3)
+    assert sae.maxima is not None
+    torch.testing.assert_close(sae.maxima, sae.encode(rows).amax(0), rtol=1e-4, atol=1e-5)
+    pack_sae(sae, tmp_path / "one.safetensors")
+    assert read_maxima(tmp_path / "one.safetensors", range(sae.d_sae)) == sae.maxima.tolist()
     assert {"report.json", "report.md", "report.png", "run.json"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
