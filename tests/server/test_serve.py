@@ -96,7 +96,7 @@ from server.engine.base import EngineError
 from server.wiring import Base, wire
 
 class Tokenizer:
-    vocab_size, chat_template = 256, ""
+    vocab_size, chat_template, own_tool_template = 256, "", ""
     def encode(self, text, add_special_tokens): return list(text.encode())
 
 class Engine:
