@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.base import GrammarError
+from server.engine.vllm import _check_grammar
 from server.telemetry import JsonFormatter
 
 pytestmark = pytest.mark.anyio
@@ -318,6 +320,17 @@ async def test_a_schema_that_the_engine_refuses_is_400(client: httpx.AsyncClient
     assert (response.status_code, error["code"], error["param"]) == (400, "invalid_value", "tools")
     assert "uniqueItems" in error["message"]
     assert house.idle()
+
+
+def test_a_grammar_that_vllm_fails_to_compile() -> None:
+    """vLLM tells it by the reason of an answer that has no token; a later "error" is another matter."""
+    tokens: dict[str, Any] = {"bad": [], "late": [7], "fine": []}
+    reasons = {"bad": "error", "late": "error", "fine": None}
+    outputs = {name: [SimpleNamespace(finish_reason=reasons[name], token_ids=tokens[name])] for name in tokens}
+    with pytest.raises(GrammarError):
+        _check_grammar(SimpleNamespace(outputs=outputs["bad"]))  # type: ignore[arg-type]
+    for name in ("late", "fine"):
+        _check_grammar(SimpleNamespace(outputs=outputs[name]))  # type: ignore[arg-type]
 
 
 async def test_an_engine_that_fails_amid_a_call(client: httpx.AsyncClient, house: Any) -> None:
