@@ -36,14 +36,15 @@ class Named:
 
 
 class Required:
-    """A JSON array of calls. Each goes out when its object is closed; one that never is, is content."""
+    """A JSON array of calls. Each goes out when its object is closed; what never becomes a call is content."""
 
     def __init__(self) -> None:
         self.malformed = False
         self._depth = 0  # of brackets and braces; 1 is between the calls
         self._in_string = self._escaped = False
         self._object: list[str] = []
-        self._closed = self._through = False
+        self._frame: list[str] = []  # what stands before the first call
+        self._closed = self._called = self._through = False
 
     def feed(self, text: str) -> list[Delta]:
         if self._through:
@@ -54,8 +55,8 @@ class Required:
         return found
 
     def finish(self) -> list[Delta]:
-        self.malformed = self._through or not self._closed
-        return content("".join(self._object))
+        self.malformed = self._through or not self._closed or not self._called
+        return content("".join([*self._frame, *self._object]))
 
     def _read(self, letter: str) -> list[Delta]:
         if self._through:
@@ -64,15 +65,16 @@ class Required:
             self._object.append(letter)
             self._follow(letter)
             return self._close() if self._depth == 1 else []
+        if letter == "{" and self._depth == 1:
+            self._object, self._depth = [letter], 2
+            return []
         if letter == "[" and self._depth == 0 and not self._closed:
             self._depth = 1
-        elif letter == "{" and self._depth == 1:
-            self._object, self._depth = [letter], 2
         elif letter == "]" and self._depth == 1:
             self._depth, self._closed = 0, True
         elif letter not in " \t\n\r" and (letter != "," or self._depth == 0):
-            self._through = True
-            return content(letter)
+            return self._give_up(letter)
+        self._frame += [] if self._called else [letter]
         return []
 
     def _follow(self, letter: str) -> None:
@@ -90,8 +92,15 @@ class Required:
     def _close(self) -> list[Delta]:
         text, self._object = "".join(self._object), []
         calls = attempt(_read, text)
-        self._through = calls is None
-        return [*calls] if calls else content(text)
+        if calls is None:
+            return self._give_up(text)
+        self._called, self._frame = True, []
+        return [*calls]
+
+    def _give_up(self, text: str) -> list[Delta]:
+        before, self._frame = "".join(self._frame), []
+        self._through = True
+        return content(before + text)
 
 
 def _read(text: str) -> list[Call]:

@@ -184,7 +184,12 @@ def test_toolrl_reads_one_block_only() -> None:
         ('[{"name": "a", "parameters": {"x": "]}\\""}}, {"name":"b","parameters":{}}]', ["a", "b"], None, False),
         ('[{"name": "a", "parameters": {}}, {"name": "b", "par', ["a"], '{"name": "b", "par', True),
         ('[{"name": "a", "parameters": {}}', ["a"], None, True),
-        ('[{"name": "a"}] x', [], '{"name": "a"}] x', True),
+        ('[{"name": "a", "parameters": {}}]', ["a"], None, False),
+        ('[{"name": "a", "parameters": {}}] x', ["a"], "x", True),
+        (' [{"name": "a"}] x', [], ' [{"name": "a"}] x', True),
+        ('[ {"name": "a", "par', [], '[ {"name": "a", "par', True),
+        ("[]", [], "[]", True),
+        (" [", [], " [", True),
         ("not JSON", [], "not JSON", True),
         ("", [], "", True),
     ],
@@ -240,7 +245,7 @@ def test_hostile_texts_are_read_in_time(maker: str) -> None:
     for text in HOSTILE:
         pieces = [text[at : at + 1000] for at in range(0, len(text), 1000)]
         _, found = read(MAKERS[maker](), pieces)
-        assert found.calls or maker == "toolrl" or found.content == text
+        assert found.calls or maker in ("named", "toolrl") or found.content == text
 
 
 def test_arguments_are_json_again() -> None:
