@@ -81,13 +81,11 @@ def check_answers(messages: Sequence[ChatMessage]) -> None:
     called: set[str] = set()
     for position, message in enumerate(messages):
         called |= {call.id for call in message.tool_calls or ()}
-        if message.role != "tool":
-            continue
-        field = f"messages.{position}.tool_call_id"
-        if not called:
-            raise wrong_field(field, "a tool message answers a call, and no assistant called a tool before it")
-        if message.tool_call_id not in called:
-            raise wrong_field(field, f"no call before this message has the id {message.tool_call_id!r:.80}")
+        if message.role == "tool" and message.tool_call_id not in called:
+            raise wrong_field(
+                f"messages.{position}.tool_call_id",
+                f"no assistant's message before this one has a call of the id {message.tool_call_id!r:.80}",
+            )
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:

@@ -101,8 +101,8 @@ def _check_shape(node: dict[str, Any], depth: int) -> None:
         raise _BadSchema("required of a JSON schema lists names")
     if len(node.get("properties", ())) > MAX_PROPERTIES:
         raise _BadSchema(f"an object of the schema has more than {MAX_PROPERTIES} properties")
-    others = [node[key] for key in node.keys() - {*_SCHEMAS, *_LISTS, *_MAPS}]
-    if too_deep(others, depth):
+    others = (node[key] for key in node.keys() - {*_SCHEMAS, *_LISTS, *_MAPS})
+    if any(too_deep(value, depth + 1) for value in others):
         raise _BadSchema(_TOO_DEEP)
 
 

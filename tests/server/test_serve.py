@@ -66,6 +66,14 @@ def test_folder_that_is_no_model(
     store.close()
 
 
+def test_tool_template_that_is_not_there(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTAWORKS__TOOLS__TEMPLATE", "hermse")
+    assert serve(str(default_base(progress=False))) == 1
+    assert "error: tools.template 'hermse' is none of auto, own, hermes" in capsys.readouterr().err
+
+
 def test_print_config_shows_flags_and_starts_nothing(
     serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

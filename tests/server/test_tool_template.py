@@ -3,11 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from compressors.base import default_base
+from server.config import ToolsSettings
 from server.core import ChatPrompt, Message, PastCall, Tool
 from server.prompt import HuggingFaceTokenizer, PromptRenderer
 from server.tool_template import ToolTemplateError, choose, mentions_tools, shipped
@@ -45,6 +46,11 @@ def test_the_setting_chooses(tmp_path: Path) -> None:
         choose("own", "hermes", PLAIN)
     with pytest.raises(ToolTemplateError, match="'hermse' is none of auto, own, hermes"):
         choose("hermse", "hermes", OWN)
+
+
+def test_every_parser_can_be_set_and_has_a_template() -> None:
+    assert get_args(ToolsSettings.model_fields["parser"].annotation) == tuple(PARSERS)
+    assert all(mentions_tools(shipped(parser)) for parser in PARSERS)
 
 
 def test_the_default_base_has_none_of_its_own(tokenizer: HuggingFaceTokenizer) -> None:

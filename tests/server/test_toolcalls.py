@@ -161,6 +161,7 @@ TOOLRL_CALL = '{"name": "a", "parameters": {"x": 1}}'
             False,
         ),
         ("<think>open", "open", None, 0, False),
+        ("<think>a </think> <think> b</think>", "a\nb", None, 0, False),
         ("<response>open ", None, "open", 0, False),
         ("bare text ", None, "bare text", 0, False),
         ("a <response>b</response> c", None, "a\nb\nc", 0, False),

@@ -233,9 +233,16 @@ async def test_good_schemas(client: httpx.AsyncClient, house: Any, parameters: A
         assert response.status_code == 200, response.text
 
 
-def test_references_that_double_are_walked_once() -> None:
-    """Each schema names the next one twice: as many ways through it as there are atoms, and one visit each."""
-    schemas = {f"s{i}": {"anyOf": [{"$ref": f"#/$defs/s{i + 1}"}] * 2} for i in range(14)} | {"s14": {}}
+@pytest.mark.parametrize("reference", ["#", "#/$defs/a", "#/properties/b"])
+def test_a_schema_without_end_is_told_from_a_deep_one(reference: str) -> None:
+    schema = {"properties": {"b": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"items": {"$ref": reference}}}}
+    assert "refers to itself" in (problem_of(schema) or "")
+    assert "nested more than" in (problem_of(nested(30)) or "")
+
+
+def test_references_that_multiply_are_followed_once() -> None:
+    """Each schema names the next one nine times: more ways through it than could be gone, and one visit each."""
+    schemas = {f"s{i}": {"anyOf": [{"$ref": f"#/$defs/s{i + 1}"}] * 9} for i in range(14)} | {"s14": {}}
     assert problem_of({"$ref": "#/$defs/s0", "$defs": schemas}) is None
     long = {f"s{i}": {"$ref": f"#/$defs/s{i + 1}"} for i in range(5000)} | {"s5000": {}}
     assert problem_of({"$ref": "#/$defs/s0", "$defs": long}) is not None
