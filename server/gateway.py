@@ -17,6 +17,7 @@ from server.interleave import interleave
 from server.prompt import PromptRenderer
 from server.proof import EditNotApplied, Proof, together
 from server.steering import Plan, Planner, edited_positions
+from server.tools import Toolbox
 
 
 class State(StrEnum):
@@ -61,6 +62,7 @@ class Gateway:
         edits: EditPool,
         admission: Admission,
         prompts: PromptRenderer,
+        tools: Toolbox,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -69,6 +71,7 @@ class Gateway:
         self._edits = edits
         self._admission = admission
         self._prompts = prompts
+        self._tools = tools
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
         self._state = State.LOADING
@@ -116,6 +119,7 @@ class Gateway:
         engine's rows and returns lease and permit.
         """
         self.require_ready()
+        self._tools.check(request.tools)
         with self._admission.permit(request.rows) as permit:
             resolved = self._registry.resolve(request.model)
             decisions.delta = resolved.name if resolved.delta else "base"
@@ -125,14 +129,17 @@ class Gateway:
             if decisions.steered is not None:
                 decisions.steered.overhead_s = time.perf_counter() - asked
             async with self._leases(resolved.delta, wanted, decisions) as plan:
-                prompts = [await self._prompts.render(prompt) for prompt in request.prompts]
+                shown = [self._tools.show(prompt, request.tools) for prompt in request.prompts]
+                prompts = [await self._prompts.render(prompt) for prompt in shown]
                 for ids in prompts:
                     edited_positions(wanted.prompt, len(ids))  # raises where they lie outside
-                sampling = self._fit(request, max(len(ids) for ids in prompts))
+                fitting = self._fit(request, max(len(ids) for ids in prompts))
+                sampling = self._tools.constrain(fitting, request.tools)
                 decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
                 permit.queue(decisions.prompt_tokens)
                 work = Work(request, request.request_id, prompts, sampling, resolved.delta)
-                async with aclosing(self._answer(work, plan, decisions)) as events:
+                answered = self._answer(work, plan, decisions)
+                async with aclosing(self._tools.read(answered, request.tools, decisions)) as events:
                     async for event in events:
                         if decisions.ttft_s is None:
                             decisions.ttft_s = time.perf_counter() - decisions.started
