@@ -7,6 +7,7 @@ Numerical Recipes 6.4) in logarithms; its inverse by bisection, so that 1e-12 is
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -36,6 +37,7 @@ def beta_inv(p: float, a: float, b: float) -> float:
     return (low + high) / 2
 
 
+@lru_cache(maxsize=4096)  # a walk of thresholds asks for the same few counts again and again
 def upper_bound(events: int, n: int, delta: float) -> float:
     """Clopper-Pearson: the true rate is above this with probability at most `delta`. 1 where nothing was seen."""
     if not 0 <= events <= n:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from steering.gate_policy import Policy, ProbeSettings, Stage
+from steering.gate_signals import Probe
 
 NEVER = math.inf
 
@@ -28,7 +29,7 @@ class Cascade:
     """`order`: of probes. `tau` NEVER: no score reaches it. Bands widen where tau lies outside them."""
 
     stages: tuple[Stage, ...]
-    order: tuple[str, ...]
+    order: tuple[Probe, ...]
     settings: ProbeSettings
     max_probe_tokens: int
     tau: float
@@ -42,7 +43,7 @@ class Cascade:
     def at(self, tau: float) -> Cascade:
         return replace(self, tau=tau)
 
-    def segment(self, index: int) -> tuple[str, ...]:
+    def segment(self, index: int) -> tuple[Probe, ...]:
         """The probes to run between the stage before this one and this one."""
         start = self._place(index - 1) if index else 0
         return self.order[start : self._place(index)]
@@ -58,7 +59,7 @@ class Walk:
     """A cascade under way: the probes still to run, first one first, before stage number `index` is scored."""
 
     features: Mapping[str, float]
-    pending: tuple[str, ...] = ()
+    pending: tuple[Probe, ...] = ()
     index: int = 0
     tokens: int = 0
     score: float | None = None

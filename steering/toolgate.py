@@ -35,7 +35,7 @@ from steering.gate_dialogue import (
 from steering.gate_features import GATEABLE, KINDS, static_features
 from steering.gate_policy import Policy, ProbeSettings, mismatch
 from steering.gate_rules import Budget, repeated_tools, spent_tools
-from steering.gate_signals import PROBE_OF, Draft, Signal
+from steering.gate_signals import PROBE_OF, Draft, Probe, Signal
 
 Action = Literal["allow", "suppress", "narrow", "require"]
 Reason = Literal[
@@ -131,7 +131,7 @@ class State:
 class NeedProbe:
     """Run this probe (gate_signals.py says how each is asked) within `timeout_ms`, and `advance`."""
 
-    probe: str
+    probe: Probe
     settings: ProbeSettings
     timeout_ms: int
     state: State

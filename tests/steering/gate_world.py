@@ -1,9 +1,16 @@
-"""A policy whose scores are easy to follow: the score of each stage is the logistic of its one feature, uncalibrated."""
+"""Policies whose scores are easy to follow (each the logistic of one feature), and label rows of a small world of sums."""
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from steering.gate_cli import add_parser
+from steering.gate_features import static_features
 from steering.gate_policy import Policy, read_policy
+from steering.gate_signals import Draft, PTrue, Samples
 from steering.toolgate import GateRequest, Served
 
 SERVED = Served("sha256:base", None, "f" * 64)
@@ -68,3 +75,59 @@ def called(*calls: tuple[str, str], answered: bool = True) -> list[dict[str, Any
         if answered:
             messages.append({"role": "tool", "tool_call_id": f"call_{index}", "content": "7"})
     return messages
+
+
+def rows(count: int, seed: int = 0, stages: tuple[str, ...] = ("draft",), **changes: Any) -> list[dict[str, Any]]:
+    """Sums of one to ten digits. Short ones are known; the draft's confidence tells the rest; tools are right but for a tenth.
+
+    The static features say half of it, the draft nearly all, samples and ptrue a little more.
+    """
+    random = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        digits = int(random.integers(1, 11))
+        skill = 5.5 - digits + random.normal(0, 2)
+        p_known = float(np.clip(round(8 / (1 + np.exp(-2 * skill))), 0, 8)) / 8
+        without, with_tools = bool(random.random() < p_known), bool(random.random() < 0.9)
+        called = bool(random.random() < 0.7)
+        question = f"What is {'7' * digits} + 1?"
+        features = {"static": static_features([{"role": "user", "content": question}], [], {}, ())}
+        signals = {
+            "draft": Draft("8", (float(min(-0.01, (skill - 3) / 5 + random.normal(0, 0.1))),), ((-0.1,),), True),
+            "samples": Samples(tuple(str(i if random.random() > p_known else 99) for i in range(5)), 0, 20),
+            "ptrue": PTrue(p_known * 0.8 + 0.1, 0.5),
+        }
+        features |= {name: signals[name].features() for name in stages}
+        found.append(
+            {
+                "id": f"q{index}",
+                "question": question,
+                "kinds": {"calculator": "compute"},
+                "features": features,
+                "tokens": {name: signals[name].completion_tokens for name in stages},
+                "p_known": p_known,
+                "correct_without": without,
+                "correct_with": with_tools,
+                "called": called,
+                "m": [int(called)],
+                "n": 0 if without else 1,
+                "probes": {"k": 5, "max_tokens": 8},
+                "model": {"name": "tiny", "base_fingerprint": "sha256:base", "template_sha256": "f" * 64},
+                **changes,
+            }
+        )
+    return found
+
+
+def write_rows(path: Path, found: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def gate(*arguments: object) -> int:
+    """Run `deltaworks gate ...`."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["gate", *map(str, arguments)])
+    status: int = args.run(args)
+    return status
