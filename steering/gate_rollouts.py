@@ -17,6 +17,7 @@ from steering.gate_labels import LabelModel, LabelRow
 from steering.gate_policy import ProbeSettings
 from steering.gate_signals import (
     PROBE_OF,
+    TOP_OF_ONE,
     Draft,
     Hidden,
     Peek,
@@ -31,9 +32,6 @@ from steering.gate_signals import (
 )
 from steering.gate_tasks import Task
 from steering.gate_tools import Toolbox
-
-_TOP = 20  # alternatives asked for where a single token is read; OpenAI's largest number
-
 
 @dataclass(frozen=True)
 class Pointers:
@@ -119,7 +117,7 @@ class Asker:
         found: list[Signal] = []
         draft = drafted(greedy, probes)
         if "peek" not in skip:
-            first = await self._say(task, logprobs=_TOP, max_tokens=1, tools=task.tools)
+            first = await self._say(task, logprobs=TOP_OF_ONE, max_tokens=1, tools=task.tools)
             found += [Peek(call_mass(first.tokens[0].top, probes.call_marker))] if first.tokens else []
         if "draft" not in skip and draft is not None:
             found.append(draft)
@@ -135,7 +133,7 @@ class Asker:
             found.append(Samples(texts, completion_tokens=sum(one.completion_tokens for one in answers)))
         if "ptrue" not in skip and draft is not None:
             messages = ptrue_messages(task.dialogue, draft.text)
-            word = await self._say(task, messages=messages, logprobs=_TOP, max_tokens=1)
+            word = await self._say(task, messages=messages, logprobs=TOP_OF_ONE, max_tokens=1)
             found += [PTrue(*yes_and_no(word.tokens[0].top))] if word.tokens else []
         there, score = pointed(greedy.body, self._asking.pointers.hidden)
         if "hidden" not in skip and there and isinstance(score, int | float):

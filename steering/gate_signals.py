@@ -25,6 +25,7 @@ Probe = Literal["peek", "draft", "samples", "ptrue", "hidden"]
 StageName = Literal["static", Probe]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 STAGES: tuple[StageName, ...] = ("static", *PROBES)
+TOP_OF_ONE = 20  # alternatives that peek and ptrue read of their one token: the most that OpenAI's API returns
 FEATURES: dict[str, tuple[str, ...]] = {
     "static": STATIC_FEATURES,
     "peek": ("peek.p_call",),
