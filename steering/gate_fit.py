@@ -76,13 +76,12 @@ class Identity:
 
 @dataclass(frozen=True)
 class Fitted:
-    """`quality` by stage, on the rows of the third split that reach it; `curve` is the walk of the threshold."""
+    """`quality` by stage, on the rows of the third split that reach it; `rows` of the three splits."""
 
     policy: Policy
     quality: dict[str, Quality | None]
     effects: Effects
     point: Point | None
-    curve: tuple[Point, ...]
     rows: tuple[int, int, int]
     warnings: tuple[str, ...]
 
@@ -99,8 +98,7 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
     cascade = Cascade(tuple(stages), plan.order, asked, most, NEVER)
     judged = _thinned(splits.judge, settings.seed)
     tops = np.array([reached(cascade, row) for row in judged])
-    points = curve(tops, Columns.of(judged, settings.r).harmful, settings.delta)
-    point = choose(points, settings.epsilon)
+    point = choose(curve(tops, Columns.of(judged, settings.r).harmful, settings.delta), settings.epsilon)
     if point is not None:
         cascade = _widened(cascade, point.tau, settings.require)
     found = effects(Columns.of(splits.judge, settings.r), replay_all(cascade, splits.judge), settings.delta)
@@ -120,7 +118,7 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
     measured = _qualities(cascade.stages, splits.judge, settings.r)
     complaints = _complaints(labels, rows, plan, splits, settings) + _verdict(point, len(judged), splits, settings)
     counts = (len(splits.fit), len(splits.calibrate), len(splits.judge))
-    return Fitted(policy, measured, found, point, tuple(points), counts, tuple(complaints))
+    return Fitted(policy, measured, found, point, counts, tuple(complaints))
 
 
 def _widened(cascade: Cascade, tau: float, require: float | None) -> Cascade:

@@ -1,6 +1,7 @@
 """Fitting: the splits, the stages, the threshold and its guarantee, and the command line around them."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.errors import FitError, LabelError
-from steering.gate_cascade import Cascade, score_of
+from steering.gate_cascade import Cascade, raw_score, score_of
 from steering.gate_fit import FitSettings, Fitted, Identity, _thinned, fit
 from steering.gate_judge import harm_curve, judge
-from steering.gate_labels import Labels, read_labels
+from steering.gate_labels import LabelRow, Labels, read_labels
+from steering.gate_models import fit_isotonic
 from steering.gate_policy import read_policy
 from steering.gate_replay import reached, replay
-from steering.gate_signals import Draft
+from steering.gate_schema import parse
+from steering.gate_signals import Draft, Samples
 from steering.gate_stages import Plan, Splits
 from steering.gate_threshold import GRID, choose, curve
 from steering.toolgate import Decision, NeedProbe, advance, start
@@ -98,9 +101,31 @@ def test_later_stages_are_calibrated_on_what_reaches_them(data: Labels, fitted: 
     first, second = fitted.policy.stages[:2]
     splits = Splits.of(data.rows, FitSettings().shares, 0)
     staying = [row for row in splits.calibrate if 0.1 <= score_of(first, row.features["static"]) <= 0.9]
-    values = [{**row.features["static"], **row.features["draft"]} for row in staying]
-    known = np.mean([row.p_known >= 0.75 for row in staying])
-    assert np.mean([score_of(second, one) for one in values]) == pytest.approx(known, abs=0.03)
+    assert 0 < len(staying) < len(splits.calibrate)
+    raw = np.array([raw_score(second, {**row.features["static"], **row.features["draft"]}) for row in staying])
+    known = np.array([row.p_known >= 0.75 for row in staying], dtype=float)
+    assert fit_isotonic(raw, known, np.ones(len(staying))) == second.isotonic
+
+
+@pytest.mark.parametrize(
+    ("score", "tau", "ends"),
+    [
+        (0.95, 0.9, "static"),
+        (0.85, 0.9, "draft"),  # above the band, and not above the threshold
+        (0.85, 0.5, "static"),
+        (0.05, 0.02, "draft"),  # below the band, and not below the threshold
+        (0.05, 0.5, "static"),
+        (0.5, 0.5, "draft"),
+    ],
+)
+def test_bands_give_way_to_the_threshold(score: float, tau: float, ends: str) -> None:
+    made = policy(
+        stages=[stage("static", 0, math.log(score / (1 - score)), 0.1, 0.8), stage("draft", 1, 0)],
+        thresholds={"suppress": None},
+    )
+    verdict = replay(Cascade.of(made).at(tau), read_row(rows(1)[0]))
+    assert verdict is not None
+    assert verdict.stage == ends
 
 
 def test_too_few_or_too_harmful_rows_never_suppress(tmp_path: Path) -> None:
@@ -148,21 +173,16 @@ def test_what_is_replayed_is_what_is_served(seed: int, tau: float, lo: float, hi
             assert found.suppress == (one <= tops)
 
 
-def read_row(given_row: dict[str, Any]) -> Any:
-    from steering.gate_labels import LabelRow
-    from steering.gate_schema import parse
-
+def read_row(given_row: dict[str, Any]) -> LabelRow:
     return parse(LabelRow, json.dumps(given_row))
 
 
-def _draft(row: Any) -> Draft:
+def _draft(row: LabelRow) -> Draft:
     mean = row.features["draft"]["draft.mean_logprob"]
     return Draft("8", (mean,), ((-0.1,),), True)
 
 
-def _samples(row: Any) -> Any:
-    from steering.gate_signals import Samples
-
+def _samples(row: LabelRow) -> Samples:
     share = round(5 * row.features["samples"]["samples.top_share"])
     return Samples(("same",) * share + tuple(f"other{i}" for i in range(5 - share)), 0, row.tokens["samples"])
 
