@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any
 
 from server.decisions import Steered
@@ -85,6 +86,8 @@ class AccessMiddleware:
         if made.steered is not None:
             fields["steering"] = _steering(made.steered)
             fields["warnings"] = [warning.code for warning in made.warnings]
+        if made.tool_calls is not None:
+            fields["tools"] = asdict(made.tool_calls)
         level = logging.ERROR if exchange.error else logging.INFO
         log.log(level, "request", extra={"fields": fields}, exc_info=exchange.error)
 

@@ -84,6 +84,16 @@ class SteeringSettings(Section):
     max_strength: float = Field(default=4.0, ge=0, le=100, allow_inf_nan=False)  # the most that a request may ask for
 
 
+class ToolsSettings(Section):
+    parser: Literal["hermes", "llama3_json", "pythonic", "toolrl"] = "hermes"  # how the base writes its calls
+    # auto: the model's own chat template where it mentions tools, else ours for the parser. Or "own", or the name of one
+    # of ours (those of the parsers), or a file.
+    template: str = Field(default="auto", min_length=1)
+    exclude_when_none: bool = False  # tool_choice "none" leaves the tools out of the prompt
+    drop_unknown: bool = False  # a call to a tool that the request does not have stays text
+    max_tools: int = Field(default=128, ge=1)  # of one request
+
+
 class Settings(Section):
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
@@ -91,6 +101,7 @@ class Settings(Section):
     auth: AuthSettings = AuthSettings()
     admission: AdmissionSettings = AdmissionSettings()
     steering: SteeringSettings = SteeringSettings()
+    tools: ToolsSettings = ToolsSettings()
 
     def to_toml(self) -> str:
         """The settings in force as TOML, keys masked; unset ones are left out."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 
 class GatewayError(Exception):
@@ -24,11 +24,15 @@ class InvalidRequest(GatewayError):
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row is sampled. `temperature` 0 is greedy; `logprobs` counts the alternatives per token, None is off."""
+    """How one row is sampled. `temperature` 0 is greedy; `logprobs` counts the alternatives per token, None is off.
+
+    The text is JSON by `json_schema` where that is given. Special tokens are part of the text where they are not skipped.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -43,6 +47,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     min_tokens: int = 0
     ignore_eos: bool = False
+    json_schema: str | None = None
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """A piece of call `index` of a choice. The first piece alone has id and name; all `arguments` together are JSON."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
 class TokenEvent:
-    """What one decoding step added to choice `index`: `text` and `token_ids` are the new part only."""
+    """What one decoding step added to choice `index`: `text` and `token_ids` are the new part only.
+
+    Where tool calls are read, they and the reasoning are apart from the text, which may lag behind the tokens.
+    """
 
     index: int
     text: str
@@ -64,6 +83,8 @@ class TokenEvent:
     finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,14 +95,50 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON schema of an object; None = it takes none."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request says about tools. `named` is the one that must be called, of choice "named"."""
+
+    tools: tuple[Tool, ...]
+    choice: Literal["auto", "none", "required", "named"] = "auto"
+    named: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """A call in the history; `arguments` is decoded JSON, which is what chat templates expect."""
+
+    id: str
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True)
 class Message:
+    """One turn. Assistants may have called; a "tool" message answers call `tool_call_id` of the tool `name`."""
+
     role: str
     content: str
+    calls: tuple[PastCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
+    """`tools` are those that the prompt shows."""
+
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,3 +229,4 @@ class GenerationRequest:
     cache_salt: str | None = None
     steering: ProfileSteering | FeatureSteering | None = None
     conflict: ConflictCheck | None = None
+    tools: ToolUse | None = None

@@ -50,6 +50,19 @@ class Steered:
 
 
 @dataclass
+class ToolCalls:
+    """What was asked of tools, and what the answers held. Not frozen, as `Decisions`.
+
+    `parsed` counts calls, of all choices; `malformed` answers in which something looks like a call and is none.
+    """
+
+    choice: str
+    offered: int
+    parsed: int = 0
+    malformed: int = 0
+
+
+@dataclass
 class Decisions:
     """Filled in by the request path as it goes.
 
@@ -69,6 +82,7 @@ class Decisions:
     cached_by_prompt: dict[int, int] = field(default_factory=dict)
     finish_reasons: list[str] = field(default_factory=list)
     steered: Steered | None = None
+    tool_calls: ToolCalls | None = None
     warnings: list[Warning] = field(default_factory=list)
 
     @property

@@ -82,6 +82,7 @@ TABLE: dict[type[Exception], Mapping] = {
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),
     engine.EngineLoadError: Mapping(500, "server_error", "delta_load_failed", "the delta could not be loaded"),
+    engine.GrammarError: Mapping(400, REQUEST, "invalid_value"),
     engine.EditUnavailableError: Mapping(409, CONFLICT, "edit_unavailable"),
     pool.EditLoadFailed: Mapping(500, "server_error", "edit_load_failed"),
     delta_errors.DeltaError: Mapping(400, REQUEST, "delta_invalid"),

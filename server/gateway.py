@@ -17,6 +17,7 @@ from server.interleave import interleave
 from server.prompt import PromptRenderer
 from server.proof import Proof, together
 from server.steering import Plan, Planner, edited_positions
+from server.tools import Toolbox
 
 
 class State(StrEnum):
@@ -50,6 +51,7 @@ class Gateway:
         edits: EditPool,
         admission: Admission,
         prompts: PromptRenderer,
+        tools: Toolbox,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -58,6 +60,7 @@ class Gateway:
         self._edits = edits
         self._admission = admission
         self._prompts = prompts
+        self._tools = tools
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
         self._state = State.LOADING
@@ -105,6 +108,7 @@ class Gateway:
         engine's rows and returns lease and permit.
         """
         self.require_ready()
+        self._tools.check(request.tools)
         rows = len(request.prompts) * request.sampling.n
         with self._admission.permit(rows) as permit:
             resolved = self._registry.resolve(request.model)
@@ -116,15 +120,16 @@ class Gateway:
                 decisions.steered.overhead_s = time.perf_counter() - asked
             decisions.system_fingerprint = self._system_fingerprint(resolved.delta, plan.edit)
             async with self._leases(resolved.delta, plan.edit, decisions):
-                prompts = [await self._prompts.render(prompt) for prompt in request.prompts]
+                shown = [self._tools.show(prompt, request.tools) for prompt in request.prompts]
+                prompts = [await self._prompts.render(prompt) for prompt in shown]
                 for ids in prompts:
                     edited_positions(plan.prompt, len(ids))  # raises where they lie outside
-                sampling = self._fit(request, max(len(ids) for ids in prompts))
+                fitting = self._fit(request, max(len(ids) for ids in prompts))
+                sampling = self._tools.constrain(fitting, request.tools)
                 decisions.prompt_tokens = sum(len(ids) for ids in prompts)
                 permit.queue(decisions.prompt_tokens)
-                async with aclosing(
-                    self._decode(request, prompts, sampling, resolved.delta, plan, decisions)
-                ) as events:
+                decoded = self._decode(request, prompts, sampling, resolved.delta, plan, decisions)
+                async with aclosing(self._tools.read(decoded, request.tools, decisions)) as events:
                     async for event in events:
                         if decisions.ttft_s is None:
                             decisions.ttft_s = time.perf_counter() - decisions.started

@@ -1,17 +1,20 @@
-"""Prompts to token ids by the base's chat template and tokenizer. transformers is imported when a tokenizer loads."""
+"""Prompts to token ids by the base's chat template and tokenizer. transformers is imported when a tokenizer loads.
+
+Chats with tools or with calls in their history are rendered by the tool template (tool_template.py), all others by the
+model's own as they always were.
+"""
 
 import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from server.core import ChatPrompt, GatewayError, InvalidRequest, Message, Prompt, TextPrompt
+from server.core import ChatPrompt, GatewayError, InvalidRequest, Message, Prompt, TextPrompt, Tool
 
 
 class TokenizerError(Exception):
@@ -33,16 +36,29 @@ class Tokenizer(Protocol):
         """The template's text; "" where there is none."""
         ...
 
+    @property
+    def own_tool_template(self) -> str:
+        """The template that the model brings for chats with tools; often the one for all chats."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str: ...
 
+    def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str: ...
+
 
 class PromptRenderer:
-    """Renders in one thread of its own: tokenizing a long text must not hold up the streams of the others."""
+    """Renders in one thread of its own: tokenizing a long text must not hold up the streams of the others.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    `tool_template_sha256` is of the text of `tool_template` and of the parser that reads the answers to it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tool_template: str = "", parser: str = "") -> None:
         self._tokenizer = tokenizer
+        self._tool_template = tool_template
+        both = f"{parser}\n{tool_template}".encode()
+        self.tool_template_sha256 = hashlib.sha256(both).hexdigest() if tool_template else ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         template = tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest() if template else ""
@@ -72,6 +88,8 @@ class PromptRenderer:
         if not self._tokenizer.chat_template:
             raise NoChatTemplate("the model has no chat template; use /v1/completions", param="messages")
         try:
+            if prompt.tools or any(message.calls or message.role == "tool" for message in prompt.messages):
+                return self._tokenizer.apply_tool_template(self._tool_template, prompt.messages, prompt.tools)
             return self._tokenizer.apply_chat_template(prompt.messages)
         except TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
@@ -96,9 +114,11 @@ class HuggingFaceTokenizer:
         text_config = config.get("text_config", config)
         self.vocab_size = int(text_config.get("vocab_size", len(self._tokenizer)))
         template = self._tokenizer.chat_template
-        if isinstance(template, dict):  # several by name; "default" is the one that is applied
-            template = template.get("default")
-        self.chat_template = str(template or "")
+        named = (
+            template if isinstance(template, dict) else {"default": template}
+        )  # several, by names that are agreed on
+        self.chat_template = str(named.get("default") or "")
+        self.own_tool_template = str(named.get("tool_use") or self.chat_template)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -106,6 +126,34 @@ class HuggingFaceTokenizer:
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         rendered: str = self._tokenizer.apply_chat_template(
-            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            [_as_dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
         return rendered
+
+    def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        rendered: str = self._tokenizer.apply_chat_template(
+            [_as_dict(message) for message in messages],
+            tools=[_tool_as_dict(tool) for tool in tools] or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return rendered
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it; a plain one has a role and content, and nothing else."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        found["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    if message.tool_call_id is not None:
+        found |= {"tool_call_id": message.tool_call_id, "name": message.name}
+    return found
+
+
+def _tool_as_dict(tool: Tool) -> dict[str, Any]:
+    described = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": {key: value for key, value in described.items() if value is not None}}

@@ -2,11 +2,11 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import FinishReason, TokenEvent, TokenLogprob
+from server.core import CallDelta, FinishReason, TokenEvent, TokenLogprob
 from server.decisions import Decisions, Steered
 
 Json = dict[str, Any]
@@ -19,6 +19,8 @@ class Choice:
     """One choice while its events are folded."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[Json] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -53,6 +55,8 @@ class Reply(ABC):
         async for event in events:
             choice = choices.setdefault(event.index, Choice())
             choice.text += event.text
+            choice.reasoning += event.reasoning
+            _add_calls(choice.calls, event.calls)
             choice.logprobs += event.logprobs or ()
             choice.finish_reason = event.finish_reason or choice.finish_reason
         return {
@@ -133,9 +137,16 @@ class ChatReply(Reply):
     chunk_object = "chat.completion.chunk"
 
     def choice(self, index: int, choice: Choice) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+        if len(message) > 2:
+            message["content"] = choice.text or None
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text},
+            "message": message,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -144,11 +155,10 @@ class ChatReply(Reply):
         if event.index not in self._begun:
             self._begun.add(event.index)
             yield self._delta(event.index, {"role": "assistant", "content": ""})
-        if event.text or event.logprobs:
-            yield {
-                **self._delta(event.index, {"content": event.text}),
-                "logprobs": self._logprobs(event.logprobs or ()),
-            }
+        logprobs = self._logprobs(event.logprobs) if event.logprobs else None
+        for delta in _chat_deltas(event, logprobs is not None):
+            yield {**self._delta(event.index, delta), "logprobs": logprobs}
+            logprobs = None  # of the event's tokens, so once, however many chunks they make
         if event.finish_reason is not None:
             yield {**self._delta(event.index, {}), "finish_reason": event.finish_reason}
 
@@ -200,6 +210,29 @@ class CompletionReply(Reply):
             "top_logprobs": [{other.text: _finite(other) for other in (*token.top, token)} for token in tokens],
             "text_offset": offsets,
         }
+
+
+def _chat_deltas(event: TokenEvent, at_least_one: bool) -> Iterator[Json]:
+    """What the event adds to the message, each part as a delta of its own; an empty one where none but must be."""
+    if event.reasoning:
+        yield {"reasoning_content": event.reasoning}
+    if event.text:
+        yield {"content": event.text}
+    for call in event.calls:
+        function = {"name": call.name, "arguments": call.arguments} if call.id else {"arguments": call.arguments}
+        begun = {"index": call.index, "id": call.id, "type": "function"} if call.id else {"index": call.index}
+        yield {"tool_calls": [{**begun, "function": function}]}
+    if at_least_one and not (event.reasoning or event.text or event.calls):
+        yield {"content": ""}
+
+
+def _add_calls(calls: list[Json], pieces: Sequence[CallDelta]) -> None:
+    for piece in pieces:
+        if piece.id is None:
+            calls[piece.index]["function"]["arguments"] += piece.arguments
+            continue
+        function = {"name": piece.name, "arguments": piece.arguments}
+        calls.append({"id": piece.id, "type": "function", "function": function})
 
 
 def _edited(steered: Steered) -> Json:

@@ -4,13 +4,16 @@ Strict about types (no "5" for 5, no true for 1), tolerant of fields that OpenAI
 that would change the answer and that we do not do are refused rather than ignored.
 """
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.core import ChatPrompt, GenerationRequest, Message, Prompt, Sampling, TextPrompt, TokenPrompt
+from server.core import ChatPrompt, GenerationRequest, Prompt, Sampling, TextPrompt, TokenPrompt, ToolUse
+from server.message_schema import ChatMessage, check_answers, to_messages
 from server.steering_schema import ConflictBody, SteeringBody
+from server.tool_schema import ToolBody, tool_use
 from server.wire import WireModel, unsupported, wrong_field
 
 MAX_CHOICES = 16
@@ -98,21 +101,6 @@ class SamplingFields(WireModel):
         )
 
 
-class TextPart(WireModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def to_message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        # OpenAI's newer name for the same thing; chat templates only know the older one.
-        return Message("system" if self.role == "developer" else self.role, text)
-
-
 class ResponseFormat(WireModel):
     type: str
 
@@ -123,14 +111,17 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
-        for field in ("tools", "functions"):
-            if getattr(self, field):
-                raise unsupported(field)
+        if self.functions:
+            raise unsupported("functions")
+        check_answers(self.messages)
+        self._tool_use()
         if self.response_format is not None and self.response_format.type != "text":
             raise unsupported("response_format")
         if self.top_logprobs is not None and not self.logprobs:
@@ -138,10 +129,14 @@ class ChatRequest(SamplingFields):
         return self
 
     def to_request(self, request_id: str, default_max_tokens: int) -> GenerationRequest:
-        prompt = ChatPrompt(tuple(message.to_message() for message in self.messages))
+        prompt = ChatPrompt(to_messages(self.messages))
         limit = self.max_completion_tokens or self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._request(request_id, (prompt,), limit, logprobs, default_max_tokens)
+        request = self._request(request_id, (prompt,), limit, logprobs, default_max_tokens)
+        return replace(request, tools=self._tool_use())
+
+    def _tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]

@@ -31,6 +31,7 @@ from server.engine.base import EngineError
 from server.gateway import Gateway
 from server.prompt import HuggingFaceTokenizer, TokenizerError
 from server.telemetry import log_json
+from server.tool_template import ToolTemplateError
 from server.wiring import Base, wire
 
 
@@ -46,7 +47,7 @@ def serve(model: str, settings: Settings) -> int:
             store.open()
             app, gateway = _build(resolve_base(model), settings, store)
             return asyncio.run(_run(app, gateway, listener, settings.server))
-    except (PortError, StoreError, DeltaError, TokenizerError) as error:
+    except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

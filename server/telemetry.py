@@ -138,6 +138,14 @@ class Telemetry:
         )
         self.edits = ResidencyMetrics("edit", registry)
         self.steering = SteeringMetrics(registry)
+        self.tool_calls = Counter(
+            "deltaworks_tool_calls",
+            "Tool calls read from answers, and answers with something malformed that looks like one.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("parsed", "malformed"):
+            self.tool_calls.labels(outcome)
         self.uploads = {
             kind: Counter(f"deltaworks_{kind}_uploads", f"Uploads of a {kind}.", ["outcome"], registry=registry)
             for kind in KINDS
@@ -173,6 +181,9 @@ class Telemetry:
             self.tokens.labels("generated", label).inc(decisions.completion_tokens)
         if decisions.steered is not None:
             self.steering.record(decisions.steered)
+        if decisions.tool_calls is not None:
+            self.tool_calls.labels("parsed").inc(decisions.tool_calls.parsed)
+            self.tool_calls.labels("malformed").inc(decisions.tool_calls.malformed)
 
     def watch_admission(self, rows: Callable[[], int], queued_tokens: Callable[[], int]) -> None:
         self.in_flight.set_function(rows)

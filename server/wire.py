@@ -8,8 +8,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.core import GatewayError, InvalidRequest
 
-# Objects of the request that are ours: what is wrong in them is named to the last field.
-_OWN_FIELDS = ("steering", "conflict")
+# Fields of the request in which a mistake is named to the last part. Validators of our own do so everywhere.
+_DOTTED = ("steering", "conflict", "tools", "tool_choice")
+_OWN_ERRORS = ("missing_at", "wrong_at")
 _MAX_PARAM = 200
 
 
@@ -83,9 +84,9 @@ def _explain(details: list[ErrorDetails]) -> GatewayError:
 
 def _param(detail: ErrorDetails) -> str | None:
     path = list(detail["loc"])
-    if detail["type"] in ("missing_at", "wrong_at"):
+    if detail["type"] in _OWN_ERRORS:
         path.append(detail["ctx"]["field"])
-    if path and path[0] not in _OWN_FIELDS:
+    elif path and path[0] not in _DOTTED:
         del path[1:]
     return ".".join(map(str, path))[:_MAX_PARAM] or None
 

@@ -19,6 +19,8 @@ from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
 from server.steering import Planner
 from server.telemetry import Telemetry
+from server.tool_template import choose
+from server.tools import Toolbox
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Base:
 def wire(
     settings: Settings, store: Store, base: Base, engine: Engine, tokenizer: Tokenizer, checks: Checks
 ) -> tuple[Context, Keyring]:
-    """`store` is open already. Raises StoreError when its names cannot be recovered."""
+    """`store` is open already. Raises StoreError when its names cannot be recovered, ToolTemplateError."""
     limits = settings.admission
     telemetry = Telemetry(CollectorRegistry())
     admission = Admission(limits.max_concurrent, limits.max_queued_tokens)
@@ -44,12 +46,15 @@ def wire(
     shelf.recover()
     pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
-    prompts = PromptRenderer(tokenizer)
+    tools = settings.tools
+    template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
+    prompts = PromptRenderer(tokenizer, template, tools.parser)
+    toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
     planner = Planner(profiles, saes, base.fingerprint, prompts.template_sha256, settings.steering.max_strength)
     drain_s = limits.drain_timeout_s
     edge = settings.server
     context = Context(
-        gateway=Gateway(engine, deltas, pool, planner, edits, admission, prompts),
+        gateway=Gateway(engine, deltas, pool, planner, edits, admission, prompts, toolbox),
         registry=deltas,
         admission=admission,
         pool=pool,

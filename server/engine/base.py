@@ -19,6 +19,10 @@ class EngineLoadError(EngineError):
     """A delta or an edit could not be made resident."""
 
 
+class GrammarError(EngineError):
+    """The engine cannot hold a text to the JSON schema that was asked for; raised before the first event."""
+
+
 class EditUnavailableError(EngineError):
     """This engine cannot edit activations: its model has no decoder layers that we can hook."""
 
@@ -90,7 +94,10 @@ class Engine(Protocol):
         cache_salt: str | None,
         edit: EngineEdit | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
-        """Stream the `sampling.n` choices of one prompt; closing the iterator aborts the rows. `edit` must be loaded."""
+        """Stream the `sampling.n` choices of one prompt; closing the iterator aborts the rows. `edit` must be loaded.
+
+        Raises GrammarError before the first event, EngineError.
+        """
         ...
 
     async def load(self, delta: EngineDelta) -> int:

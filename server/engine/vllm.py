@@ -27,6 +27,7 @@ from server.engine.base import (
     EngineEdit,
     EngineError,
     EngineLoadError,
+    GrammarError,
     LayerReport,
 )
 from server.engine.worker.positions import EditedRequest, Positions
@@ -92,6 +93,7 @@ class VLLMEngine:
         edit: EngineEdit | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
         """New tokens of every choice as they come. Closing the iterator aborts the rows."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError
@@ -107,8 +109,14 @@ class VLLMEngine:
         try:
             async with aclosing(stream):
                 async for output in stream:
+                    if sampling.json_schema is not None:
+                        _check_grammar(output)
                     for event in _events(output, sampling.logprobs):
                         yield event
+        except VLLMValidationError as error:
+            if sampling.json_schema is None:
+                raise
+            raise GrammarError(str(error)) from error
         except VLLMDeadError as error:
             raise EngineDeadError("the engine stopped") from error
         except EngineGenerateError as error:
@@ -249,6 +257,9 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         "max_loras": settings.deltas_per_batch,
         "max_cpu_loras": max(settings.max_resident_deltas, settings.deltas_per_batch),
         "worker_extension_cls": "server.engine.worker.extension.DeltaWorker",
+        # One backend for all: vLLM starts the first one that a request needs and then compiles every grammar with it.
+        # White space is JSON's least: small models otherwise write it to the token limit.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "additional_config": {"deltaworks": {"kernel": settings.kernel}},
     }
 
@@ -264,8 +275,9 @@ def _set_environment(settings: EngineSettings) -> None:
 
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+    schema = sampling.json_schema
     return SamplingParams(
         n=sampling.n,
         max_tokens=sampling.max_tokens,
@@ -280,8 +292,16 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         ignore_eos=sampling.ignore_eos,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+        skip_special_tokens=sampling.skip_special_tokens,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def _check_grammar(output: RequestOutput) -> None:
+    """vLLM ends a request whose grammar does not compile as an "error", before its first token."""
+    if any(choice.finish_reason == "error" and not choice.token_ids for choice in output.outputs):
+        raise GrammarError("the grammar of the JSON schema could not be built")
 
 
 def _events(output: RequestOutput, num_logprobs: int | None) -> list[TokenEvent]:

@@ -23,7 +23,7 @@ from server.artifacts.checks import Checks, delta_check
 from server.artifacts.store import Incoming, Store
 from server.artifacts.versions import ProfileVersion, SAEVersion
 from server.config import Settings
-from server.core import FinishReason, Message, Sampling, TokenEvent, TokenLogprob, Window
+from server.core import FinishReason, Message, Sampling, TokenEvent, TokenLogprob, Tool, Window
 from server.engine.base import EditReport, EngineDelta, EngineEdit, EngineError, EngineLoadError, LayerReport
 from server.gateway import Gateway
 from server.routes.context import Context
@@ -42,6 +42,8 @@ class FakeEngine:
     def __init__(self) -> None:
         self.dead = False
         self.words = (" one", " two")
+        self.texts: dict[int, tuple[str, ...]] = {}  # what a choice says instead, piece by piece
+        self.generate_error: Exception | None = None
         self.block_at: int | None = None
         self.fail_at: int | None = None
         self.running: set[str] = set()
@@ -78,16 +80,22 @@ class FakeEngine:
         if edit is not None:
             assert edit.fingerprint in self.edits
             self._reports[request_id] = self._report(edit, len(ids))
-        words = (delta.digest[:6] if delta else "base", *self.words)[: sampling.max_tokens]
+        if self.generate_error:
+            raise self.generate_error
+        usual = (delta.digest[:6] if delta else "base", *self.words)
+        choices = [self.texts.get(index, usual)[: sampling.max_tokens] for index in range(sampling.n)]
         self.running.add(request_id)
         try:
-            for step, word in enumerate(words):
+            for step in range(max(map(len, choices))):
                 if step == self.fail_at:
                     raise EngineError("the fake engine fails here")
                 if step == self.block_at:
                     await asyncio.Event().wait()
                 reason = FinishReason.LENGTH if step + 1 == sampling.max_tokens else FinishReason.STOP
-                for index in range(sampling.n):
+                for index, words in enumerate(choices):
+                    if step >= len(words):
+                        continue
+                    word = words[step]
                     logprobs = (TokenLogprob(step, word, -0.5, (TokenLogprob(9, "x", float("-inf")),)),)
                     finish = reason if step + 1 == len(words) else None
                     yield TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
@@ -148,6 +156,16 @@ class ByteTokenizer:
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         return "".join(f"{message.role[0]}:{message.content}\n" for message in messages)
+
+    @property
+    def own_tool_template(self) -> str:
+        return self.chat_template
+
+    def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        """A line of what is shown, then the chat."""
+        shown = "".join(f"{tool.name};" for tool in tools)
+        called = "".join(f"{call.name}={call.arguments};" for message in messages for call in message.calls)
+        return f"{shown}|{called}|{self.apply_chat_template(messages)}"
 
 
 def fake_verify(path: Path) -> Report:

@@ -196,7 +196,7 @@ BAD_FIELDS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value", "messages"),
     ({"top_logprobs": 2}, "invalid_value", None),
     ({"stream_options": {"include_usage": True}}, "invalid_value", None),
-    ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+    ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
     ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
     ({"logit_bias": {"1": 5}}, "unsupported_parameter", "logit_bias"),
     ({"max_tokens": 60}, "context_length_exceeded", "max_tokens"),

@@ -80,6 +80,36 @@ def test_steering_in_extra_body(client: openai.OpenAI, live: Any) -> None:
     assert bad.value.param == "steering.strength"
 
 
+def test_tool_calls_streamed_and_at_once(client: openai.OpenAI, live: Any) -> None:
+    """The client's own accumulator puts the stream together, and the answer goes back as history."""
+    tools: list[Any] = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    live.house.engine.texts[0] = (
+        "Well. ",
+        "<tool_call>",
+        '{"name": "now", "arguments": {"tz": "CET"}}',
+        "</tool_call>",
+    ) * 2
+    answer = client.chat.completions.create(model="tiny-base", messages=MESSAGES, tools=tools)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    with client.chat.completions.stream(model="tiny-base", messages=MESSAGES, tools=tools) as stream:
+        final = stream.get_final_completion()
+    for message in (answer.choices[0].message, final.choices[0].message):
+        assert message.content == "Well. "
+        calls: list[Any] = list(message.tool_calls or ())
+        assert [(call.type, call.function.name, call.function.arguments) for call in calls] == [
+            ("function", "now", '{"tz": "CET"}')
+        ] * 2
+        assert len({call.id for call in calls}) == 2
+    assert final.choices[0].finish_reason == "tool_calls"
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "9"} for call in calls]
+    history: list[Any] = [*MESSAGES, message, *results]
+    live.house.engine.max_model_len = 500
+    assert client.chat.completions.create(model="tiny-base", messages=history, tools=tools).choices
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="tiny-base", messages=[*MESSAGES, results[0]], tools=tools)  # type: ignore[list-item]
+    assert bad.value.param == "messages.1.tool_call_id"
+
+
 def test_errors_become_the_clients_classes(client: openai.OpenAI, live: Any) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nobody", messages=MESSAGES)

@@ -66,6 +66,14 @@ def test_folder_that_is_no_model(
     store.close()
 
 
+def test_tool_template_that_is_not_there(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTAWORKS__TOOLS__TEMPLATE", "hermse")
+    assert serve(str(default_base(progress=False))) == 1
+    assert "error: tools.template 'hermse' is none of auto, own, hermes" in capsys.readouterr().err
+
+
 def test_print_config_shows_flags_and_starts_nothing(
     serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -96,7 +104,7 @@ from server.engine.base import EngineError
 from server.wiring import Base, wire
 
 class Tokenizer:
-    vocab_size, chat_template = 256, ""
+    vocab_size, chat_template, own_tool_template = 256, "", ""
     def encode(self, text, add_special_tokens): return list(text.encode())
 
 class Engine:
