@@ -98,6 +98,9 @@ TABLE: dict[type[Exception], Mapping] = {
     steering_errors.SAEMismatchError: Mapping(400, REQUEST, "sae_mismatch"),
     steering_errors.EditError: Mapping(400, REQUEST, "invalid_value"),
     steering_errors.FitError: Mapping(400, REQUEST, "steering_invalid"),
+    steering_errors.PolicyError: Mapping(400, REQUEST, "policy_invalid"),
+    steering_errors.LabelError: Mapping(400, REQUEST, "steering_invalid"),
+    steering_errors.EndpointError: Mapping(400, REQUEST, "steering_invalid"),
 }
 
 _INTERNAL = TABLE[core.GatewayError]

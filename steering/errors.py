@@ -5,14 +5,17 @@ SteeringError
 ├── SAEMismatchError  an SAE does not fit the model, the layer or the data
 ├── ProfileError      a profile file cannot be read, or does not fit the model
 ├── EditError         an edit asks for something impossible; `param` is the dotted field
-└── FitError          labelled activations from which nothing can be fitted
+├── FitError          labelled activations or questions from which nothing can be fitted
+├── PolicyError       a tool-gate policy cannot be read
+├── LabelError        a row of tasks or labels cannot be read
+└── EndpointError     a model or tool server does not answer as it should
 """
 
 from __future__ import annotations
 
 
 class SteeringError(Exception):
-    """Root of what can go wrong with SAEs, profiles and edits; the message says what to change."""
+    """Root of what can go wrong with SAEs, profiles, edits and tool gates; the message says what to change."""
 
 
 class SAEFormatError(SteeringError):
@@ -37,3 +40,15 @@ class EditError(SteeringError):
 
 class FitError(SteeringError):
     """Activations, labels or losses from which nothing can be fitted."""
+
+
+class PolicyError(SteeringError):
+    """A tool-gate policy that cannot be read; the message names the field."""
+
+
+class LabelError(SteeringError):
+    """A file of tasks or labels that cannot be read; the message names the line."""
+
+
+class EndpointError(SteeringError):
+    """A model server or a tool server that cannot be reached, refuses a request, or answers in another shape."""

@@ -1,0 +1,113 @@
+"""`deltaworks gate fit`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from steering.gate_policy import Placement, SuppressMode
+from steering.gate_signals import STAGES
+from steering.options import numbers, reporting, words
+
+_EXAMPLE = """example:
+  deltaworks gate fit labels.jsonl -o policy.json --epsilon 0.02 --delta 0.1"""
+
+
+def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "fit",
+        help="calibrate a policy on labelled questions, with a bound on the harm that it does",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("labels", metavar="LABELS", type=Path, help="rows of `deltaworks gate label`")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="policy to write (.json)")
+    parser.add_argument("--epsilon", type=_share, default=0.02, help="largest harm (default: %(default)g)")
+    parser.add_argument(
+        "--delta", type=_share, default=0.1, help="probability that the bound is wrong (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--r",
+        type=_share,
+        default=0.75,
+        help="known: this share of answers is right without tools (default: %(default)g)",
+    )
+    parser.add_argument("--stages", type=_stages, help=f"of {', '.join(STAGES)} (default: all that every row has)")
+    parser.add_argument(
+        "--band",
+        type=numbers,
+        default=(0.1, 0.9),
+        metavar="LO,HI",
+        help="a score outside decides, later stages are not asked (default: 0.1,0.9)",
+    )
+    parser.add_argument("--split", type=numbers, default=(0.4, 0.25, 0.35), help="shares (default: 0.4,0.25,0.35)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    parser.add_argument("--l2", type=float, default=1.0, help="of the logistic models (default: %(default)g)")
+    parser.add_argument("--max-probe-tokens", type=int, help="per request (default: enough for every probe)")
+    parser.add_argument("--timeout-ms", type=int, default=2000, help="of all probes together (default: %(default)s)")
+    parser.add_argument("--suppress-mode", choices=get_args(SuppressMode), default="drop_tools")
+    parser.add_argument("--placement", choices=get_args(Placement), default="pre")
+    parser.add_argument("--explore", type=float, default=0.0, help="share of decisions not carried out (default: 0)")
+    parser.add_argument("--require", type=_share, help="score below which callers who opt in have a call required")
+    parser.add_argument(
+        "--budget-quantile",
+        type=_share,
+        metavar="Q",
+        help="budget per kind: this quantile of the calls that were needed",
+    )
+    for name in ("base-fingerprint", "delta-digest", "template-sha256"):
+        parser.add_argument(f"--{name}", help="of the model, where the labels do not say it")
+    parser.set_defaults(run=reporting(_run))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from steering.gate_fit import FitSettings, Identity, fit
+    from steering.gate_labels import read_labels
+    from steering.gate_policy import write_policy
+    from steering.gate_tables import fitted_lines
+
+    settings = FitSettings(
+        r=args.r,
+        epsilon=args.epsilon,
+        delta=args.delta,
+        seed=args.seed,
+        shares=args.split,
+        l2=args.l2,
+        band=args.band,
+        stages=args.stages,
+        max_probe_tokens=args.max_probe_tokens,
+        timeout_ms=args.timeout_ms,
+        suppress_mode=args.suppress_mode,
+        placement=args.placement,
+        explore=args.explore,
+        require=args.require,
+        budget_quantile=args.budget_quantile,
+    )
+    fitted = fit(
+        read_labels(args.labels),
+        settings,
+        Identity(args.base_fingerprint, args.delta_digest, args.template_sha256),
+    )
+    write_policy(fitted.policy, args.out)
+    print("\n".join(fitted_lines(fitted)))
+    for warning in fitted.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"wrote {args.out}  policy {fitted.policy.policy_id}")
+    return 0
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    found = words(text)
+    unknown = [name for name in found if name not in STAGES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(STAGES)}")
+    return found
