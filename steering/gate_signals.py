@@ -124,7 +124,7 @@ class Hidden:
 
     score: float
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 1
 
     def features(self) -> dict[str, float]:
         return {"hidden.score": self.score}

@@ -238,7 +238,7 @@ def test_where_the_server_says_what_it_is(chat: ChatServer, tmp_path: Path) -> N
     assert (row.model.base_fingerprint, row.model.delta_digest) == ("sha256:x", "d" * 64)
     assert row.model.template_sha256 is None
     assert row.features["hidden"] == {"hidden.score": 0.25}
-    assert row.tokens["hidden"] == 0
+    assert row.tokens["hidden"] == 1
 
 
 def test_pointers() -> None:
