@@ -14,7 +14,6 @@ from server.core import ChatPrompt, GatewayError, Message, Sampling, TokenEvent,
 from server.engine.base import Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
 from server.prompt import PromptRenderer
 from server.steering import Planner
-from server.tools import Toolbox
 from steering.errors import SteeringError
 from steering.gate_signals import (
     TOP_OF_ONE,
@@ -34,8 +33,8 @@ from steering.toolgate import Failed, NeedProbe
 _LEAST_LOGPROB = -9999.0  # what stands for -inf on the wire, and so in the labels that a policy was fitted on
 
 
-class ProbeFailed(GatewayError):
-    """A probe cannot be asked; the gate then leaves the request as it is."""
+class ProbeFailed(Exception):
+    """A probe cannot be asked, or was not answered; it never leaves this module."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Prober:
 
     engine: Engine
     prompts: PromptRenderer
-    tools: Toolbox
     planner: Planner
     edits: EditPool
     admission: Admission
@@ -92,6 +90,8 @@ class Probing:
             raise
         except TimeoutError:
             return Failed("timeout", f"{need.probe} took more than {need.timeout_ms} ms")
+        except ProbeFailed as error:
+            return Failed("gate_error", f"{need.probe}: {error}")
         except (EngineError, GatewayError, SteeringError, OSError) as error:
             return Failed("gate_error", f"{need.probe}: {type(error).__name__}")
 
@@ -99,8 +99,7 @@ class Probing:
         settings, target = need.settings, self._target
         match need.probe:
             case "peek":
-                shown = self._prober.tools.show(target.prompt, target.use)
-                top = await self._one_token(need.probe, shown)
+                top = await self._one_token(need.probe, replace(target.prompt, tools=target.use.tools))
                 return Peek(call_mass(top, settings.call_marker))
             case "ptrue":
                 more = [Message(one["role"], one["content"]) for one in ptrue_messages([], need.draft)]

@@ -56,7 +56,7 @@ def wire(
     toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
     planner = Planner(profiles, saes, base.fingerprint, prompts.template_sha256, settings.steering.max_strength)
     known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
-    prober = Prober(engine, prompts, toolbox, planner, edits, admission)
+    prober = Prober(engine, prompts, planner, edits, admission)
     gate = Gate(settings.gate, known, prober, base.fingerprint)
     drain_s = limits.drain_timeout_s
     edge = settings.server
