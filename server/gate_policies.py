@@ -22,7 +22,7 @@ class Found:
 class Policies:
     """Reads a policy's file once, when a request first needs it.
 
-    A running request has its policy in hand, so deletion never waits for one.
+    Deletion waits for no request: one that has read its policy keeps it, one that has not goes on without.
     """
 
     def __init__(self, registry: Registry[PolicyVersion], base_fingerprint: str, template_sha256: str) -> None:

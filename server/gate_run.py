@@ -168,6 +168,7 @@ class Gating:
                         yield event
                     return
             self._fail_open(decision, error)
+            self._decisions.prompt_tokens = gone.prompt_tokens
         for event in held:
             yield event
 
