@@ -149,8 +149,8 @@ async def test_records_can_be_switched_off(bed: Bed, build: Any, settings: Any, 
     async with house.client() as client:
         quiet = Bed(house, client, bed.upload)
         line, _ = await logged(quiet, caplog)
+        assert (await scrape(quiet))["decisions_total", "suppress", "enforce", "confident_without_tool"] == 1
     assert "tool_gate" not in line
-    assert (await scrape(quiet))["decisions_total", "suppress", "enforce", "confident_without_tool"] == 1
 
 
 async def test_what_explains_is_shown_to_who_asks(bed: Bed) -> None:
