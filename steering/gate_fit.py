@@ -1,9 +1,10 @@
 """Label rows to a policy: three disjoint splits, for the logistic models, their calibration, and the threshold.
 
 Each stage's model sees the features of all stages up to its own. It is calibrated on the rows of the second split that reach
-it, because these are the requests that it will score; the threshold is chosen on the third split, on the decisions of the
-whole cascade. Rows of live logs are weighted by 1 / propensity; for the threshold they are thinned instead, each kept with
-probability smallest propensity / its own, since the exact bound holds for unweighted draws only.
+it, because these are the requests that it will score; a stage that few reach is left out. The threshold is chosen on the third
+split, on the decisions of the whole cascade. Rows of live logs are weighted by 1 / propensity; for the threshold they are
+thinned instead, each kept with probability smallest propensity / its own, since the exact bound holds for unweighted
+draws only.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from steering.gate_policy import (
 )
 from steering.gate_replay import Columns, reached, replay_all, with_gateable_tools
 from steering.gate_signals import StageName
-from steering.gate_stages import BY_COST, Plan, Splits, fit_stages, staying, values_of
+from steering.gate_stages import BY_COST, LEAST, Plan, Splits, fit_stages, staying, values_of
 from steering.gate_threshold import Point, choose, curve
 
 _FEW = 30  # rows of a class in a split, below which a warning is given
@@ -77,13 +78,12 @@ class Identity:
 
 @dataclass(frozen=True)
 class Fitted:
-    """`quality` by stage, on the rows of the third split that reach it; `curve` is the walk of the threshold."""
+    """`quality` by stage, on the rows of the third split that reach it; `rows` of the three splits."""
 
     policy: Policy
     quality: dict[str, Quality | None]
     effects: Effects
     point: Point | None
-    curve: tuple[Point, ...]
     rows: tuple[int, int, int]
     warnings: tuple[str, ...]
 
@@ -92,16 +92,16 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
     """Raises FitError, LabelError."""
     rows = with_gateable_tools(labels.rows)
     asked = same_settings(rows) or ProbeSettings()
-    plan = Plan.of(rows, settings.stages)
+    wanted = Plan.of(rows, settings.stages)
     splits = Splits.of(rows, settings.shares, settings.seed)
-    stages = fit_stages(splits, plan, settings.r, settings.l2, settings.band)
+    stages = fit_stages(splits, wanted, settings.r, settings.l2, settings.band)
+    plan = wanted.ending_at(stages[-1].name)
     most = settings.max_probe_tokens
     most = sum(map(asked.most_tokens, plan.order)) if most is None else most
     cascade = Cascade(tuple(stages), plan.order, asked, most, NEVER)
     judged = _thinned(splits.judge, settings.seed)
     tops = np.array([reached(cascade, row) for row in judged])
-    points = curve(tops, Columns.of(judged, settings.r).harmful, settings.delta)
-    point = choose(points, settings.epsilon)
+    point = choose(curve(tops, Columns.of(judged, settings.r).harmful, settings.delta), settings.epsilon)
     if point is not None:
         cascade = _widened(cascade, point.tau, settings.require)
     found = effects(Columns.of(splits.judge, settings.r), replay_all(cascade, splits.judge), settings.delta)
@@ -125,9 +125,14 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
         data_sha256=labels.sha256,
     )
     measured = _qualities(cascade.stages, splits.judge, settings.r)
-    complaints = _complaints(labels, rows, plan, splits, settings) + _verdict(point, len(judged), splits, settings)
+    complaints = _complaints(labels, rows, wanted, splits, settings)
+    complaints += [
+        f"the stage {name} is left out: fewer than {LEAST} known or {LEAST} unknown calibration rows reach it"
+        for name in wanted.names[len(stages) :]
+    ]
+    complaints += _verdict(point, len(judged), splits, settings)
     counts = (len(splits.fit), len(splits.calibrate), len(splits.judge))
-    return Fitted(policy, measured, found, point, tuple(points), counts, tuple(complaints))
+    return Fitted(policy, measured, found, point, counts, tuple(complaints))
 
 
 def _widened(cascade: Cascade, tau: float, require: float | None) -> Cascade:

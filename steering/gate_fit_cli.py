@@ -38,7 +38,7 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--stages", type=_stages, help=f"of {', '.join(STAGES)} (default: all that every row has)")
     parser.add_argument(
         "--band",
-        type=numbers,
+        type=_band,
         default=(0.1, 0.9),
         metavar="LO,HI",
         help="a score outside decides, later stages are not asked (default: 0.1,0.9)",
@@ -67,9 +67,13 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run(args: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from steering.errors import FitError
     from steering.gate_fit import FitSettings, Identity, fit
     from steering.gate_labels import read_labels
     from steering.gate_policy import write_policy
+    from steering.gate_schema import reason
     from steering.gate_tables import fitted_lines
 
     settings = FitSettings(
@@ -90,11 +94,13 @@ def _run(args: argparse.Namespace) -> int:
         require=args.require,
         budget_quantile=args.budget_quantile,
     )
-    fitted = fit(
-        read_labels(args.labels),
-        settings,
-        Identity(args.base_fingerprint, args.delta_digest, args.template_sha256),
-    )
+    identity = Identity(args.base_fingerprint, args.delta_digest, args.template_sha256)
+    try:
+        fitted = fit(read_labels(args.labels), settings, identity)
+    except (
+        ValidationError
+    ) as error:  # settings that a policy cannot have, such as a draft as the answer without a draft
+        raise FitError(f"these settings make no policy: {reason(error)}") from error
     write_policy(fitted.policy, args.out)
     print("\n".join(fitted_lines(fitted)))
     for warning in fitted.warnings:
@@ -114,6 +120,13 @@ def _sha256(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no SHA-256 in lower case")
     return text
+
+
+def _band(text: str) -> tuple[float, ...]:
+    found = numbers(text)
+    if len(found) != 2 or not 0 <= found[0] <= found[1] <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not LO,HI with 0 <= LO <= HI <= 1")
+    return found
 
 
 def _stages(text: str) -> tuple[str, ...]:

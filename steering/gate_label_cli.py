@@ -100,6 +100,7 @@ def _asking(args: argparse.Namespace) -> Asking:
     from steering.errors import LabelError
     from steering.gate_policy import ProbeSettings
     from steering.gate_rollouts import Asking, Pointers
+    from steering.gate_schema import reason
 
     unknown = [name for name in args.skip if name not in PROBES]
     if unknown:
@@ -114,8 +115,7 @@ def _asking(args: argparse.Namespace) -> Asking:
             call_marker=args.call_marker,
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise LabelError(f"the probes' {first['loc'][0]}: {first['msg']}") from error
+        raise LabelError(f"the probes' {reason(error)}") from error
     return Asking(
         model=args.model,
         k=args.k,

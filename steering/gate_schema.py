@@ -25,6 +25,14 @@ def parse(model: type[ModelT], text: str | bytes) -> ModelT:
         raise ValueError(_sentence(model, error)) from error
 
 
+def reason(error: ValidationError) -> str:
+    """The first problem as one line: the field and what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
 def near(word: str, known: list[str]) -> str:
     """The end of a sentence about an unknown word."""
     match = difflib.get_close_matches(word, known, n=1)
@@ -38,8 +46,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}, {near(str(first['loc'][-1]), _keys(model, first['loc'][:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return reason(error)
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

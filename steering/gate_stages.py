@@ -17,7 +17,7 @@ from steering.gate_replay import Columns
 from steering.gate_signals import FEATURES, Probe, StageName
 
 BY_COST: tuple[Probe, ...] = ("peek", "hidden", "draft", "ptrue", "samples")
-_LEAST = 10  # rows of each class that a stage is calibrated on; below, all rows of the split are taken
+LEAST = 10  # rows of each class that reach a stage after the first, so that it can be calibrated
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Plan:
         places: tuple[StageName, ...] = ("static", *order)
         return cls(tuple(order), tuple(place for place in places if place in wanted))
 
+    def ending_at(self, name: StageName) -> Plan:
+        """Without the stages after one, and without the probes that only they need."""
+        order = () if name == "static" else self.order[: self.order.index(name) + 1]
+        return Plan(order, self.names[: self.names.index(name) + 1])
+
     def features(self, name: StageName) -> list[str]:
         """What is known when a stage is scored."""
         places = ("static",) if name == "static" else ("static", *self.order[: self.order.index(name) + 1])
@@ -75,14 +80,21 @@ class Plan:
 
 
 def fit_stages(splits: Splits, plan: Plan, r: float, l2: float, band: tuple[float, float]) -> list[Stage]:
-    """A row is known where `p_known` >= `r`. `band`: a score below or above it decides. Raises FitError."""
+    """A row is known where `p_known` >= `r`. `band`: a score below or above it decides. Raises FitError.
+
+    The list ends before a stage that too few calibration rows reach: all others were decided without it.
+    """
     stages: list[Stage] = []
     arriving = splits.calibrate
     for name in plan.names:
+        known = sum(row.p_known >= r for row in arriving)
+        if stages and min(known, len(arriving) - known) < LEAST:
+            break
         stage = _uncalibrated(name, plan.features(name), splits.fit, r, l2, band)
-        stage = stage.model_copy(update={"isotonic": _calibration(stage, arriving, splits.calibrate, r)})
-        stages.append(stage)
-        arriving = staying(stage, arriving)
+        columns = Columns.of(arriving, r)
+        raw = np.array([raw_score(stage, values_of(row)) for row in arriving])
+        stages.append(stage.model_copy(update={"isotonic": fit_isotonic(raw, columns.y, columns.w)}))
+        arriving = staying(stages[-1], arriving)
     return stages
 
 
@@ -114,10 +126,3 @@ def _uncalibrated(
     chosen = tuple(Feature(name=features[i], mean=float(mean[i]), std=float(std[i])) for i in varying)
     identity = Isotonic(x=(0.0, 1.0), y=(0.0, 1.0))
     return Stage(name=name, features=chosen, logistic=model, isotonic=identity, lo=band[0], hi=band[1])
-
-
-def _calibration(stage: Stage, arriving: list[LabelRow], everyone: list[LabelRow], r: float) -> Isotonic:
-    known = sum(row.p_known >= r for row in arriving)
-    rows = arriving if min(known, len(arriving) - known) >= _LEAST else everyone
-    columns = Columns.of(rows, r)
-    return fit_isotonic(np.array([raw_score(stage, values_of(row)) for row in rows]), columns.y, columns.w)

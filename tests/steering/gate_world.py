@@ -9,7 +9,9 @@ import numpy as np
 
 from steering.gate_cli import add_parser
 from steering.gate_features import static_features
+from steering.gate_labels import LabelRow, Labels, read_labels
 from steering.gate_policy import Policy, read_policy
+from steering.gate_schema import parse
 from steering.gate_signals import Draft, PTrue, Samples
 from steering.toolgate import GateRequest, Served
 
@@ -93,7 +95,7 @@ def rows(count: int, seed: int = 0, stages: tuple[str, ...] = ("draft",), **chan
         question = f"What is {'7' * digits} + 1?"
         features = {"static": static_features([{"role": "user", "content": question}], [], {}, ())}
         signals = {
-            "draft": Draft("8", (float(min(-0.01, (skill - 3) / 5 + random.normal(0, 0.1))),), ((-0.1,),), True),
+            "draft": Draft("8", (float(min(-0.01, (skill - 3) / 5 + random.normal(0, 0.35))),), ((-0.1,),), True),
             "samples": Samples(tuple(str(i if random.random() > p_known else 99) for i in range(5)), 0, 20),
             "ptrue": PTrue(p_known * 0.8 + 0.1, 0.5),
         }
@@ -122,6 +124,14 @@ def rows(count: int, seed: int = 0, stages: tuple[str, ...] = ("draft",), **chan
 def write_rows(path: Path, found: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
+
+
+def labels(path: Path, found: list[dict[str, Any]]) -> Labels:
+    return read_labels(write_rows(path / "labels.jsonl", found))
+
+
+def read_row(given_row: dict[str, Any]) -> LabelRow:
+    return parse(LabelRow, json.dumps(given_row))
 
 
 def gate(*arguments: object) -> int:

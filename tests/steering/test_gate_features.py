@@ -55,7 +55,11 @@ def test_counts() -> None:
 
 def test_tool_features() -> None:
     messages = [{"role": "user", "content": "search the population of Rome"}]
-    tools = [tool("search", "Find the population and area of cities"), tool("calc"), tool("mail", "population Rome")]
+    tools = [
+        tool("search", "Find the population and area of cities"),
+        tool("calc"),
+        tool("mail", "search population Rome"),
+    ]
     kinds = {"search": "lookup", "calc": "compute", "mail": "action"}
     found = static_features(messages, tools, kinds, {"search", "calc"})
     assert found["tools.count"] == pytest.approx(math.log1p(3))

@@ -60,12 +60,14 @@ def labelled(path: Path) -> dict[str, LabelRow]:
 
 
 def test_a_known_and_an_unknown_question(chat: ChatServer, tmp_path: Path) -> None:
-    tasks = write(tmp_path / "tasks.jsonl", task("easy", 2, 3), task("hard", 1234, 5678))
+    tasks = write(tmp_path / "tasks.jsonl", task("easy", 2, 3), task("over", 12, 3), task("hard", 1234, 5678))
     assert label(chat, tasks, tmp_path / "labels.jsonl", "--probe-tokens", 4) == 0
     found = labelled(tmp_path / "labels.jsonl")
     easy, hard = found["easy"], found["hard"]
     assert (easy.p_known, easy.correct_without, easy.correct_with, easy.called) == (1, True, True, False)
     assert (easy.p_with, easy.n, easy.m) == (1, 0, (0, 0, 0))
+    over = found["over"]
+    assert (over.p_known, over.called, over.m, over.n) == (1, True, (1, 1, 1), 0)
     assert (hard.p_known, hard.correct_without, hard.correct_with, hard.called) == (0, False, True, True)
     assert (hard.p_with, hard.n, hard.m) == (1, 1, (1, 1, 1))
     assert hard.answers_with[0] == "The answer is 6912."
@@ -84,7 +86,7 @@ def test_a_known_and_an_unknown_question(chat: ChatServer, tmp_path: Path) -> No
 
 
 def test_what_is_asked(chat: ChatServer, tmp_path: Path) -> None:
-    tasks = write(tmp_path / "tasks.jsonl", task("hard", 12, 34))
+    tasks = write(tmp_path / "tasks.jsonl", task("hard", 32, 34))
     extra = '{"tool_gate": {"mode": "off"}}'
     assert label(chat, tasks, tmp_path / "labels.jsonl", "--extra-body", extra, "--answer-tokens", 99) == 0
     bodies = chat.requests
@@ -101,7 +103,7 @@ def test_what_is_asked(chat: ChatServer, tmp_path: Path) -> None:
     assert len(rollouts) == 3 * 2
     last = max(rollouts, key=lambda body: len(body["messages"]))["messages"]
     assert [message["role"] for message in last] == ["user", "assistant", "tool"]
-    assert last[2] == {"role": "tool", "tool_call_id": "call_1", "content": "46"}
+    assert last[2] == {"role": "tool", "tool_call_id": "call_1", "content": "66"}
 
 
 def test_labels_feed_a_fit(chat: ChatServer, tmp_path: Path) -> None:
