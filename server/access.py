@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
+from server import gate_report
 from server.decisions import Steered
 from server.errors import describe
 from server.telemetry import Exchange, Telemetry
@@ -44,7 +45,11 @@ class AccessMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", exchange.request_id.encode()),
+                    *gate_report.headers(exchange.decisions.gated),
+                ]
             await send(message)
 
         try:
@@ -88,6 +93,8 @@ class AccessMiddleware:
             fields["warnings"] = [warning.code for warning in made.warnings]
         if made.tool_calls is not None:
             fields["tools"] = asdict(made.tool_calls)
+        if made.gated is not None and (told := gate_report.record(made.gated)) is not None:
+            fields["tool_gate"] = told
         level = logging.ERROR if exchange.error else logging.INFO
         log.log(level, "request", extra={"fields": fields}, exc_info=exchange.error)
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from server.core import GateMode
+
 ENV_PREFIX = "DELTAWORKS__"
 
 
@@ -110,6 +112,19 @@ class ToolsSettings(Section):
     max_tools: int = Field(default=128, ge=1)  # of one request
 
 
+class GateSettings(Section):
+    """The tool gate. Requests opt in where they ask for more than `mode` (off, observe, enforce), out where for less."""
+
+    mode: GateMode = "off"
+    allow_opt_in: bool = True
+    allow_opt_out: bool = True
+    allow_lower_threshold: bool = (
+        False  # whether a request may have tools withheld on less evidence than the policy asks
+    )
+    timeout_ms: int = Field(default=5000, ge=1)  # of all probes of a request; the policy's own where that is less
+    log_records: bool = True  # what decisions came from, as numbers, in the request log
+
+
 class Settings(Section):
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
@@ -118,6 +133,7 @@ class Settings(Section):
     admission: AdmissionSettings = AdmissionSettings()
     steering: SteeringSettings = SteeringSettings()
     tools: ToolsSettings = ToolsSettings()
+    gate: GateSettings = GateSettings()
 
     def to_toml(self) -> str:
         """The settings in force as TOML, keys masked; unset ones are left out."""

@@ -105,12 +105,31 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request says about tools. `named` is the one that must be called, of choice "named"."""
+    """What a request says about tools. `named` is the one that must be called, of choice "named".
+
+    `watched`: the choice is "none", and calls that the model writes all the same are read out of its text.
+    """
 
     tools: tuple[Tool, ...]
     choice: Literal["auto", "none", "required", "named"] = "auto"
     named: str | None = None
     parallel: bool = True
+    watched: bool = False
+
+
+GateMode = Literal["off", "observe", "enforce"]
+
+
+@dataclass(frozen=True)
+class ToolGateAsk:
+    """What a request says about the tool gate. None: as the server or the policy has it; `policy` is a name."""
+
+    mode: GateMode | None = None
+    threshold: float | None = None
+    budget: int | None = None
+    explain: bool = False
+    policy: str | None = None
+    allow_require: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,6 +269,7 @@ class GenerationRequest:
     steering: ProfileSteering | FeatureSteering | None = None
     conflict: ConflictCheck | None = None
     tools: ToolUse | None = None
+    tool_gate: ToolGateAsk = ToolGateAsk()
     options: SteeringOptions = SteeringOptions()
     opt_out: bool = False
 

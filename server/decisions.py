@@ -2,10 +2,11 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from server.core import Usage
+from server.core import GateMode, Usage
 from server.engine.base import LayerReport
+from steering.toolgate import Decision
 
 SteeringMode = Literal["profile", "features", "policy", "default", "score"]
 # rejected: the request's fault; failed: ours, or not reached; unavailable: ours, and the client takes a plain answer;
@@ -64,13 +65,43 @@ class Steered:
 class ToolCalls:
     """What was asked of tools, and what the answers held. Not frozen, as `Decisions`.
 
-    `parsed` counts calls, of all choices; `malformed` answers in which something looks like a call and is none.
+    `parsed` counts calls, of all choices; `malformed` answers in which something looks like a call and is none;
+    `suppressed` calls that were read and that the tool gate kept back.
     """
 
     choice: str
     offered: int
     parsed: int = 0
     malformed: int = 0
+    suppressed: int = 0
+
+    def suppress(self, calls: int) -> None:
+        """These of the calls read so far are not in the answer."""
+        self.parsed -= calls
+        self.suppressed += calls
+
+
+@dataclass
+class Gated:
+    """What the tool gate made of a request with tools, and what that took. Not frozen, as `Decisions`.
+
+    `choice_in` and `choice_out` are OpenAI's `tool_choice`, as it came and as the answer was generated with; None = no tools.
+    The tokens are those that the gate alone cost: of probes, and of answers that were not sent. `logged`: the log may tell
+    what the decision came from.
+    """
+
+    mode: GateMode
+    choice_in: Any
+    choice_out: Any
+    explain: bool
+    logged: bool
+    policy: str | None = None
+    placement: str | None = None
+    decision: Decision | None = None  # None until it is made
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    leak: bool = False
+    latency_s: float = 0.0
 
 
 @dataclass
@@ -85,6 +116,8 @@ class Decisions:
     delta: str | None = None  # the registered name, or "base"; None until the model is resolved
     system_fingerprint: str | None = None
     delta_digest: str | None = None
+    base_fingerprint: str | None = None
+    template_sha256: str | None = None  # of the template that renders the request; None for a prompt of plain text
     delta_wait_s: float | None = None
     ttft_s: float | None = None
     total_s: float | None = None
@@ -94,6 +127,7 @@ class Decisions:
     finish_reasons: list[str] = field(default_factory=list)
     steered: Steered | None = None
     tool_calls: ToolCalls | None = None
+    gated: Gated | None = None
     warnings: list[Warning] = field(default_factory=list)
 
     def answer_plainly(self, reason: str) -> None:

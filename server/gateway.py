@@ -1,18 +1,22 @@
 """The request path: `Gateway.generate` is one async generator, read top to bottom (README, "The life of a request")."""
 
 import hashlib
+import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
-from server.admission import Admission
+from server.admission import Admission, Permit
 from server.artifacts.pool import DeltaPool, EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry
-from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent
-from server.decisions import Decisions
+from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent, ToolUse
+from server.decisions import Decisions, ToolCalls
 from server.engine.base import EditUnavailableError, Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
+from server.gate import Gate
+from server.gate_run import Gating
 from server.interleave import interleave
 from server.prompt import PromptRenderer
 from server.proof import EditNotApplied, Proof, together
@@ -63,6 +67,7 @@ class Gateway:
         admission: Admission,
         prompts: PromptRenderer,
         tools: Toolbox,
+        gate: Gate,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -72,6 +77,7 @@ class Gateway:
         self._admission = admission
         self._prompts = prompts
         self._tools = tools
+        self._gate = gate
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
         self._state = State.LOADING
@@ -124,31 +130,57 @@ class Gateway:
             resolved = self._registry.resolve(request.model)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
+            self._note_identity(request, decisions)
             asked = time.perf_counter()
             wanted = self._planner.plan(request, decisions)
             if decisions.steered is not None:
                 decisions.steered.overhead_s = time.perf_counter() - asked
+            decisions.system_fingerprint = self._system_fingerprint(
+                resolved.delta, wanted.edit.edit if wanted.edit else None
+            )
+            gated = self._gate.plan(request, resolved.delta, wanted, decisions)
             async with self._leases(resolved.delta, wanted, decisions) as plan:
-                shown = [self._tools.show(prompt, request.tools) for prompt in request.prompts]
-                prompts = [await self._prompts.render(prompt) for prompt in shown]
-                for ids in prompts:
-                    edited_positions(wanted.prompt, len(ids))  # raises where they lie outside
-                fitting = self._fit(request, max(len(ids) for ids in prompts))
-                sampling = self._tools.constrain(fitting, request.tools)
-                decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
-                permit.queue(decisions.prompt_tokens)
-                work = Work(request, request.request_id, prompts, sampling, resolved.delta)
-                answered = self._answer(work, plan, decisions)
-                async with aclosing(self._tools.read(answered, request.tools, decisions)) as events:
+                ask = partial(self._ask, _Admitted(request, permit, resolved.delta, wanted, plan, decisions))
+                gating = Gating(self._gate, gated, request, resolved.delta, ask, decisions) if gated else None
+                async with aclosing(gating.answer() if gating else ask(request.tools)) as events:
                     async for event in events:
                         if decisions.ttft_s is None:
                             decisions.ttft_s = time.perf_counter() - decisions.started
-                            permit.started()
-                        _count(event, sampling.n, decisions)
+                        _count(event, request.sampling.n, decisions)
                         yield event
                 if len(decisions.finish_reasons) != request.rows:
                     raise EngineError("the engine ended a request before it was finished")
         decisions.total_s = time.perf_counter() - decisions.started
+
+    async def _ask(
+        self, admitted: "_Admitted", use: ToolUse | None, n: int | None = None
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The request's answer with these tools; the gate may ask more than once, and for `n` of its choices."""
+        request, decisions = admitted.request, admitted.decisions
+        attempt = next(admitted.attempts)
+        prompts = [await self._prompts.render(self._tools.show(prompt, use)) for prompt in request.prompts]
+        for ids in prompts:
+            edited_positions(admitted.wanted.prompt, len(ids))  # raises where they lie outside
+        fitting = self._fit(request, max(len(ids) for ids in prompts))
+        sampling = self._tools.constrain(replace(fitting, n=n or fitting.n), use)
+        decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
+        if attempt == 0:
+            admitted.permit.queue(decisions.prompt_tokens)
+        row_id = request.request_id + (f"-again{attempt}" if attempt else "")
+        answered = self._answer(Work(request, row_id, prompts, sampling, admitted.delta), admitted.plan, decisions)
+        async with aclosing(self._tools.read(answered, use, decisions)) as events:
+            async for event in events:
+                admitted.permit.started()
+                yield event
+
+    def _note_identity(self, request: GenerationRequest, decisions: Decisions) -> None:
+        """What a label of this answer, or a policy that is fitted on it, is bound to."""
+        decisions.base_fingerprint = self.base_fingerprint
+        if isinstance(request.prompts[0], ChatPrompt):
+            prompts = self._prompts
+            decisions.template_sha256 = prompts.tool_template_sha256 if request.tools else prompts.template_sha256
+        if request.tools is not None:
+            decisions.tool_calls = ToolCalls(request.tools.choice, len(request.tools.tools))
 
     @asynccontextmanager
     async def _leases(self, delta: EngineDelta | None, wanted: Plan, decisions: Decisions) -> AsyncIterator[Plan]:
@@ -245,6 +277,22 @@ class Gateway:
         if edit is not None:
             weights += f"+{edit.fingerprint}"
         return f"fp_{hashlib.sha256(weights.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """A request that has its permit and its leases.
+
+    `plan` is what is left of the edit that is `wanted`; `attempts` numbers how often the engine is asked for the answer.
+    """
+
+    request: GenerationRequest
+    permit: Permit
+    delta: EngineDelta | None
+    wanted: Plan
+    plan: Plan
+    decisions: Decisions
+    attempts: Iterator[int] = field(default_factory=itertools.count)
 
 
 def _count(event: TokenEvent, n: int, decisions: Decisions) -> None:

@@ -126,14 +126,14 @@ class HuggingFaceTokenizer:
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         rendered: str = self._tokenizer.apply_chat_template(
-            [_as_dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            [message_dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
         return rendered
 
     def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         rendered: str = self._tokenizer.apply_chat_template(
-            [_as_dict(message) for message in messages],
-            tools=[_tool_as_dict(tool) for tool in tools] or None,
+            [message_dict(message) for message in messages],
+            tools=[tool_dict(tool) for tool in tools] or None,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
@@ -141,7 +141,7 @@ class HuggingFaceTokenizer:
         return rendered
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
+def message_dict(message: Message) -> dict[str, Any]:
     """A message as chat templates know it; a plain one has a role and content, and nothing else."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
@@ -154,6 +154,6 @@ def _as_dict(message: Message) -> dict[str, Any]:
     return found
 
 
-def _tool_as_dict(tool: Tool) -> dict[str, Any]:
+def tool_dict(tool: Tool) -> dict[str, Any]:
     described = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": {key: value for key, value in described.items() if value is not None}}

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from server import gate_report
 from server.core import CallDelta, FinishReason, TokenEvent, TokenLogprob
 from server.decisions import Decisions, Steered
 
@@ -69,10 +70,13 @@ class Reply(ABC):
     async def chunks(self, events: AsyncIterator[TokenEvent], include_usage: bool) -> AsyncGenerator[Json, None]:
         """The chunks of a stream; the last one carries `gateway`, and the usage when it was asked for.
 
-        What steering did is known with the first token, so the first chunk tells it too.
+        What steering did and the tool gate decided is known with the first token, so the first chunk tells it too.
         """
         last: Json | None = None
-        first = self._steering() if self._decisions.steered else {}
+        made = self._decisions
+        first = self._steering() if made.steered else {}
+        if made.gated is not None:
+            first["tool_gate"] = gate_report.body(made.gated)
         async for event in events:
             for choice in self.deltas(event):
                 if last is not None:
@@ -119,7 +123,10 @@ class Reply(ABC):
         return {
             "delta": made.delta if made.delta_digest else None,
             "delta_digest": made.delta_digest,
+            "base_fingerprint": made.base_fingerprint,
+            "template_sha256": made.template_sha256,
             **self._steering(),
+            "tool_gate": gate_report.body(made.gated),
             "timings": {
                 "delta_wait_s": _rounded(made.delta_wait_s),
                 "ttft_s": _rounded(made.ttft_s),

@@ -22,6 +22,7 @@ from server.core import (
 )
 from server.message_schema import ChatMessage, check_answers, to_messages
 from server.steering_schema import ConflictBody, SteeringBody
+from server.tool_gate_schema import ToolGateBody
 from server.tool_schema import ToolBody, tool_use
 from server.wire import WireModel, unsupported, wrong_field
 
@@ -131,6 +132,7 @@ class ChatRequest(SamplingFields):
     tools: list[ToolBody] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    tool_gate: ToolGateBody | None = None
     functions: list[Any] | None = None
 
     @model_validator(mode="after")
@@ -150,7 +152,8 @@ class ChatRequest(SamplingFields):
         limit = self.max_completion_tokens or self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         request = self._request(request_id, (prompt,), limit, logprobs, default_max_tokens)
-        return replace(request, tools=self._tool_use())
+        gate = self.tool_gate or ToolGateBody()
+        return replace(request, tools=self._tool_use(), tool_gate=gate.to_ask())
 
     def _tool_use(self) -> ToolUse | None:
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from server.artifacts.pool import PlannedEdit
-from server.artifacts.registry import KindError, Registry
+from server.artifacts.registry import KindError, NameNotFound, Registry
 from server.artifacts.versions import ProbeFacts, ProfileVersion, SAEVersion
 from server.core import (
     ChatPrompt,
@@ -171,6 +171,18 @@ class Planner:
             without = '; "steering": null does without it' if self.allow_opt_out else ""
             raise DefaultUnavailable(f"this server's default steering cannot be used: {error}{without}") from error
 
+    def probe_edit(self, digest: str, param: str) -> PlannedEdit:
+        """The edit that only reads the probe of the profile of that digest.
+
+        Raises NameNotFound, BaseMismatch, InvalidRequest.
+        """
+        version = self.profiles.version(digest)
+        if version is None:
+            raise NameNotFound("profile", "there is no profile of that digest", param=param)
+        edit = planned_edit(None, self._probe_of(version, param), self.profiles.path(digest))
+        assert edit is not None  # it reads
+        return edit
+
     def _of_profile(self, wanted: ProfileSteering, steered: Steered) -> Tables:
         version = self._profile(wanted.profile, f"{wanted.field}.profile")
         direction = version.directions.get(wanted.direction)
@@ -248,16 +260,22 @@ class Planner:
             name, param = chosen.profile, f"{chosen.field}.profile"
         else:
             raise MissingParameter("name the profile whose probe scores the conflict", param="conflict.profile")
-        version = self._profile(name, param)
+        return self._probe_of(self._profile(name, param), param)
+
+    def _probe_of(self, version: ProfileVersion, param: str) -> Probe:
+        self._check_base(version, param)
         if version.probe is None:
             raise InvalidRequest("the profile has no conflict probe", param=param)
         return Probe(version.probe, version.digest)
 
     def _profile(self, name: str, param: str) -> ProfileVersion:
         version = self.profiles.active(name, param)
+        self._check_base(version, param)
+        return version
+
+    def _check_base(self, version: ProfileVersion, param: str) -> None:
         if version.base_fingerprint != self.base_fingerprint:
             raise BaseMismatch("profile", "the profile was made for another base model", param=param)
-        return version
 
     def _template_warnings(
         self,

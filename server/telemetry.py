@@ -11,6 +11,7 @@ from typing import Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.decisions import Decisions, Steered, SteeringMode, SteeringOutcome
+from server.gate_report import SCORE_EDGES, GateMetrics
 
 MAX_DELTA_LABELS = 50
 LATENCY_EDGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -18,8 +19,7 @@ LOAD_EDGES = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 OVERHEAD_EDGES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 FEATURE_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 REL_NORM_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 4)
-SCORE_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
-KINDS = ("delta", "profile", "sae")
+KINDS = ("delta", "profile", "sae", "policy")
 
 
 @dataclass
@@ -140,12 +140,13 @@ class Telemetry:
         self.steering = SteeringMetrics(registry)
         self.tool_calls = Counter(
             "deltaworks_tool_calls",
-            "Tool calls read from answers, and answers with something malformed that looks like one.",
+            "Tool calls of answers, calls that the gate kept back, and answers with something malformed that looks like one.",
             ["outcome"],
             registry=registry,
         )
-        for outcome in ("parsed", "malformed"):
+        for outcome in ("parsed", "malformed", "suppressed"):
             self.tool_calls.labels(outcome)
+        self.gate = GateMetrics(registry)
         self.uploads = {
             kind: Counter(f"deltaworks_{kind}_uploads", f"Uploads of a {kind}.", ["outcome"], registry=registry)
             for kind in KINDS
@@ -184,6 +185,9 @@ class Telemetry:
         if decisions.tool_calls is not None:
             self.tool_calls.labels("parsed").inc(decisions.tool_calls.parsed)
             self.tool_calls.labels("malformed").inc(decisions.tool_calls.malformed)
+            self.tool_calls.labels("suppressed").inc(decisions.tool_calls.suppressed)
+        if decisions.gated is not None:
+            self.gate.record(decisions.gated)
 
     def watch_admission(self, rows: Callable[[], int], queued_tokens: Callable[[], int]) -> None:
         self.in_flight.set_function(rows)

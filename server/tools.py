@@ -43,9 +43,9 @@ class Toolbox:
 
     def constrain(self, sampling: Sampling, use: ToolUse | None) -> Sampling:
         """A choice that forces calls is a JSON schema for the engine, as vLLM's server makes it."""
-        if use is None or use.choice == "none":
+        if use is None or (use.choice == "none" and not use.watched):
             return sampling
-        if use.choice == "auto":
+        if use.choice in ("auto", "none"):
             return replace(sampling, skip_special_tokens=self._parser not in _MARKED)
         named = [named_schema(tool) for tool in use.tools if tool.name == use.named]
         return replace(
@@ -58,8 +58,8 @@ class Toolbox:
         """The same events with the calls taken out of their text, one for one: late is only text that is held back."""
         if use is None:
             return events
-        decisions.tool_calls = ToolCalls(use.choice, len(use.tools))
-        return events if use.choice == "none" else self._read(events, use, decisions.tool_calls)
+        counted = decisions.tool_calls = decisions.tool_calls or ToolCalls(use.choice, len(use.tools))
+        return events if use.choice == "none" and not use.watched else self._read(events, use, counted)
 
     async def _read(
         self, events: AsyncGenerator[TokenEvent, None], use: ToolUse, counted: ToolCalls

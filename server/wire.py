@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from server.core import GatewayError, InvalidRequest
 
 # Fields of the request in which a mistake is named to the last part. Validators of our own do so everywhere.
-_DOTTED = ("steering", "conflict", "tools", "tool_choice")
+_DOTTED = ("steering", "conflict", "tools", "tool_choice", "tool_gate")
 _OWN_ERRORS = ("missing_at", "wrong_at")
 _MAX_PARAM = 200
 
@@ -92,7 +92,7 @@ def _param(detail: ErrorDetails) -> str | None:
 
 
 class AliasMove(OwnModel):
-    """Body of PUT /v1/admin/{kind}s/{name}/alias."""
+    """Body of PUT /v1/admin/KIND/{name}/alias."""
 
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     expected_generation: Annotated[int, Field(ge=0)]

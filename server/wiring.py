@@ -8,13 +8,16 @@ from server.admission import Admission
 from server.artifacts.checks import Checks
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
 from server.artifacts.pool import DeltaPool, EditPool
-from server.artifacts.registry import PROFILE, SAE, DeltaRegistry, Registry, Shelf
+from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
-from server.artifacts.versions import ProfileVersion, Ref, SAEVersion
+from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
 from server.auth import Keyring
 from server.config import Settings, SteeringSettings
 from server.core import ProfileSteering
 from server.engine.base import Engine
+from server.gate import Gate
+from server.gate_policies import Policies
+from server.gate_probes import Prober
 from server.gateway import Gateway
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
@@ -44,6 +47,7 @@ def wire(
     deltas = DeltaRegistry(shelf, base.id)
     profiles = Registry(shelf, PROFILE, Ref[ProfileVersion])
     saes = Registry(shelf, SAE, Ref[SAEVersion])
+    policies = Registry(shelf, POLICY, Ref[PolicyVersion])
     shelf.recover()
     pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
@@ -60,10 +64,13 @@ def wire(
         _default_steering(settings.steering),
         settings.steering.allow_opt_out,
     )
+    known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
+    prober = Prober(engine, prompts, planner, edits, admission)
+    gate = Gate(settings.gate, known, prober, base.fingerprint)
     drain_s = limits.drain_timeout_s
     edge = settings.server
     context = Context(
-        gateway=Gateway(engine, deltas, pool, planner, edits, admission, prompts, toolbox),
+        gateway=Gateway(engine, deltas, pool, planner, edits, admission, prompts, toolbox, gate),
         registry=deltas,
         admission=admission,
         pool=pool,
@@ -71,6 +78,7 @@ def wire(
         deltas=DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, drain_s),
         profiles=Lifecycle(store, profiles, edits, checks.profile, telemetry, drain_s),
         saes=Lifecycle(store, saes, edits, checks.sae, telemetry, drain_s),
+        policies=Lifecycle(store, policies, known, checks.policy, telemetry, drain_s),
         telemetry=telemetry,
         limits=Limits(edge.max_body_bytes, edge.max_upload_bytes, edge.default_max_tokens),
     )

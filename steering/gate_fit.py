@@ -62,6 +62,7 @@ class FitSettings:
     suppress_mode: SuppressMode = "drop_tools"
     placement: Placement = "pre"
     explore: float = 0.0
+    hidden_profile: str | None = None
     require: float | None = None
     budget_quantile: float | None = None
 
@@ -110,7 +111,13 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
         budgets=_budgets(rows, settings.budget_quantile),
         stages=cascade.stages,
         thresholds=Thresholds(suppress=point.tau if point else None, require=settings.require),
-        probes=Probes(**asked.model_dump(), order=plan.order, max_probe_tokens=most, timeout_ms=settings.timeout_ms),
+        probes=Probes(
+            **asked.model_dump(),
+            order=plan.order,
+            max_probe_tokens=most,
+            timeout_ms=settings.timeout_ms,
+            hidden_profile=settings.hidden_profile,
+        ),
         suppress_mode=settings.suppress_mode,
         placement=settings.placement,
         explore=settings.explore,
@@ -213,6 +220,8 @@ def _complaints(
         holding = sum(probe in row.features for row in rows)
         if holding and probe not in plan.order:
             found.append(f"the stage {probe} is left out: {holding} of {len(rows)} rows have its features")
+    if "hidden" in plan.order and settings.hidden_profile is None:
+        found.append("no profile is named whose probe the stage hidden reads; a server cannot ask it")
     for part, use in (
         (splits.fit, "fit"),
         (splits.calibrate, "calibrate"),

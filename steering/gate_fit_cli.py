@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import get_args
@@ -50,6 +51,9 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--suppress-mode", choices=get_args(SuppressMode), default="drop_tools")
     parser.add_argument("--placement", choices=get_args(Placement), default="pre")
     parser.add_argument("--explore", type=float, default=0.0, help="share of decisions not carried out (default: 0)")
+    parser.add_argument(
+        "--hidden-profile", type=_sha256, metavar="SHA256", help="steering profile whose probe the stage hidden reads"
+    )
     parser.add_argument("--require", type=_share, help="score below which callers who opt in have a call required")
     parser.add_argument(
         "--budget-quantile",
@@ -86,6 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         suppress_mode=args.suppress_mode,
         placement=args.placement,
         explore=args.explore,
+        hidden_profile=args.hidden_profile,
         require=args.require,
         budget_quantile=args.budget_quantile,
     )
@@ -109,6 +114,12 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no SHA-256 in lower case")
+    return text
 
 
 def _band(text: str) -> tuple[float, ...]:

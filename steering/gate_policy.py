@@ -125,15 +125,19 @@ class ProbeSettings(Strict):
 
     def most_tokens(self, probe: str) -> int:
         """Completion tokens that a probe can take."""
-        return {"draft": self.max_tokens, "samples": self.k * self.max_tokens, "hidden": 0}.get(probe, 1)
+        return {"draft": self.max_tokens, "samples": self.k * self.max_tokens}.get(probe, 1)
 
 
 class Probes(ProbeSettings):
-    """`order`: of the probes; a stage of a probe's name is scored after it. `max_probe_tokens` are completion tokens."""
+    """`order`: of the probes; a stage of a probe's name is scored after it. `max_probe_tokens` are completion tokens.
+
+    `hidden_profile`: SHA-256 of the steering profile whose probe `hidden` reads; a server that has none cannot ask it.
+    """
 
     order: tuple[Probe, ...] = ()
     max_probe_tokens: Count = 512
     timeout_ms: Annotated[int, Field(gt=0)] = 2000
+    hidden_profile: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -36,12 +36,16 @@ from steering.gate_tools import Toolbox
 
 @dataclass(frozen=True)
 class Pointers:
-    """Where in an answer's body (JSON Pointers) the server says what it is, and the score of a hidden-state probe."""
+    """Where in an answer's body (JSON Pointers) the server says what it is, and the score of a hidden-state probe.
+
+    What it is stands in answers with tools: without them another template may render the prompt. The score stands in the
+    greedy answer without tools; ours gives it under the default pointer where `extra` asks for a conflict score.
+    """
 
     base_fingerprint: str = "/gateway/base_fingerprint"
     delta_digest: str = "/gateway/delta_digest"
     template_sha256: str = "/gateway/template_sha256"
-    hidden: str = "/gateway/tool_gate/signals/hidden.score"
+    hidden: str = "/gateway/conflict/score"
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class Asking:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A run with tools: its last text ("" where it never ended), and its calls of gateable tools."""
+    """A run with tools: its last text ("" where it never ended), its calls of gateable tools, and its first answer."""
 
     answer: str
     calls: int
+    first: Answer
 
 
 class Asker:
@@ -109,7 +114,7 @@ class Asker:
             answers_without=tuple(one.text for one in (greedy, *sampled)),
             answers_with=tuple(one.answer for one in rollouts),
             probes=asking.probes,
-            model=self._model(greedy),
+            model=self._model(rollouts[0].first),
         )
 
     async def _signals(self, task: Task, greedy: Answer) -> list[Signal]:
@@ -144,10 +149,12 @@ class Asker:
     async def _rollout(self, task: Task, sample: int | None = None) -> Rollout:
         messages: list[Mapping[str, Any]] = list(task.dialogue)
         calls = 0
+        first: Answer | None = None
         for _ in range(self._asking.max_rounds):
             answer = await self._say(task, messages=messages, sample=sample, tools=task.tools)
+            first = first or answer
             if not answer.tool_calls:
-                return Rollout(answer.text, calls)
+                return Rollout(answer.text, calls, first)
             messages.append(
                 {"role": "assistant", "content": answer.text or None, "tool_calls": list(answer.tool_calls)}
             )
@@ -155,7 +162,8 @@ class Asker:
                 calls += call.name in task.gateable
                 result = await self._toolbox.run(task, call.name, call.arguments)
                 messages.append({"role": "tool", "tool_call_id": identifier, "content": result})
-        return Rollout("", calls)
+        assert first is not None  # there is at least one round
+        return Rollout("", calls, first)
 
     async def _say(
         self,

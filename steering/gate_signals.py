@@ -124,7 +124,7 @@ class Hidden:
 
     score: float
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 1
 
     def features(self) -> dict[str, float]:
         return {"hidden.score": self.score}
@@ -169,7 +169,7 @@ def _begins(marker: str, text: str) -> bool:
 
 
 def _entropy(logprobs: Sequence[float]) -> float:
-    """Nats; what was not returned counts as one more token, so this is a lower bound."""
+    """Nats; what was not returned counts as one more token, so this is a lower bound. NaN where a share is."""
     shares = [math.exp(logprob) for logprob in logprobs]
     shares.append(max(1.0 - sum(shares), 0.0))
-    return -sum(share * math.log(share) for share in shares if share > 0)
+    return -sum(share * math.log(share) for share in shares if not share <= 0)

@@ -125,6 +125,7 @@ class State:
     walk: Walk
     usage: tuple[int, int] = (0, 0)
     draft: Draft | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,14 @@ def start(policy: Policy | None, request: GateRequest) -> Step:
     asked = None if request.tool_calls is None else tuple(call for _, call in proposed(request.tool_calls))
     if not gateable or (asked is not None and not any(call.name in gateable for call in asked)):
         return Decision("allow", "not_gateable", policy.policy_id)
-    by_rule = _rules(policy, request, names, {name: kinds[name][0] for name in gateable}, asked)
+    by_rule, budget = _rules(policy, request, names, {name: kinds[name][0] for name in gateable}, asked)
     if by_rule is not None:
         return by_rule
     if in_tool_loop(request.messages) or not _can_act(policy, request):
-        return Decision("allow", "uncertain", policy.policy_id, threshold=policy.thresholds.suppress)
+        tau = policy.thresholds.suppress
+        return Decision("allow", "uncertain", policy.policy_id, threshold=tau, budget=budget)
     static = static_features(request.messages, request.tools, {n: k for n, (k, _) in kinds.items()}, gateable)
-    state = State(policy, request, names, gateable, Walk(static))
+    state = State(policy, request, names, gateable, Walk(static), budget=budget)
     return _step(state, begin(Cascade.of(policy), static), 0.0)
 
 
@@ -249,14 +251,14 @@ def _rules(
     names: tuple[str, ...],
     kinds: Mapping[str, str],
     asked: tuple[Call, ...] | None,
-) -> Decision | None:
+) -> tuple[Decision | None, Budget | None]:
     """Budgets, then repeated calls; a rule decides alone, without a score. `kinds` holds the gateable tools in play."""
     calls = [call for call in calls_in(since_user(request.messages)) if call.name in kinds]
     spent, budget = spent_tools(calls, kinds, policy.budgets, request.budget)
     repeated = repeated_tools(calls, asked)
     if spent and (asked is None or any(call.name in spent for call in asked)):
-        return _removing(policy, names, spent, "budget_exhausted", budget)
-    return _removing(policy, names, repeated, "repeated_call", budget) if repeated else None
+        return _removing(policy, names, spent, "budget_exhausted", budget), budget
+    return (_removing(policy, names, repeated, "repeated_call", budget) if repeated else None), budget
 
 
 def _removing(
@@ -281,6 +283,7 @@ def _allowed(state: State, reason: Reason, problem: str | None = None) -> Decisi
         signals=state.walk.features,
         prompt_tokens=state.usage[0],
         completion_tokens=state.usage[1],
+        budget=state.budget,
         problem=problem,
     )
 

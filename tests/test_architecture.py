@@ -27,6 +27,7 @@ LIGHT = (
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 VAGUE = {"utils", "util", "common", "helpers", "helper", "managers", "misc"}
 OUTERMOST = {"server/access.py", "server/sse.py"}  # where any error at all is turned into an answer
+FAIL_OPEN = {"server/gate_run.py"}  # where any error at all leaves the request as it came
 
 
 @cache
@@ -115,7 +116,7 @@ def test_only_the_outermost_handlers_catch_everything() -> None:
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ExceptHandler) and swallows_all(node)
     }
-    assert catching == OUTERMOST
+    assert catching == OUTERMOST | FAIL_OPEN
 
 
 def test_test_files_have_unique_names() -> None:

@@ -13,8 +13,15 @@ from pathlib import Path
 from compressors.verify import Report
 from server.artifacts.lifecycle import Check
 from server.artifacts.store import Incoming
-from server.artifacts.versions import DeltaVersion, DirectionFacts, ProbeFacts, ProfileVersion, SAEVersion
-from steering.errors import SteeringError
+from server.artifacts.versions import (
+    DeltaVersion,
+    DirectionFacts,
+    PolicyVersion,
+    ProbeFacts,
+    ProfileVersion,
+    SAEVersion,
+)
+from steering.errors import PolicyError, SteeringError
 
 Verify = Callable[[Path], Report]
 
@@ -103,6 +110,38 @@ def sae_check(base: Shape) -> Check[SAEVersion]:
     return check
 
 
+def policy_check(base_fingerprint: str) -> Check[PolicyVersion]:
+    """A policy may be for any delta and any template: it is used for requests that have both."""
+
+    def check(incoming: Incoming) -> PolicyVersion:
+        from steering.gate_policy import read_policy
+
+        with _path_untold(incoming.path):
+            policy = read_policy(incoming.path)
+        bound = policy.model
+        if bound.base_fingerprint != base_fingerprint:
+            message = f"the policy is for base {bound.base_fingerprint}, this server runs {base_fingerprint}"
+            raise PolicyError(message)
+        return PolicyVersion(
+            digest=incoming.digest,
+            nbytes=incoming.nbytes,
+            created=int(time.time()),
+            policy_id=policy.policy_id,
+            model_name=bound.name,
+            base_fingerprint=bound.base_fingerprint,
+            delta_digest=bound.delta_digest,
+            template_sha256=bound.template_sha256,
+            stages=tuple(stage.name for stage in policy.stages),
+            threshold=policy.thresholds.suppress,
+            suppress_mode=policy.suppress_mode,
+            placement=policy.placement,
+            explore=policy.explore,
+            hidden_profile=policy.probes.hidden_profile,
+        )
+
+    return check
+
+
 @dataclass(frozen=True)
 class Checks:
     """One check per kind, all against the same running base."""
@@ -110,3 +149,4 @@ class Checks:
     delta: Check[DeltaVersion]
     profile: Check[ProfileVersion]
     sae: Check[SAEVersion]
+    policy: Check[PolicyVersion]

@@ -15,7 +15,7 @@ from server.artifacts.versions import DeltaVersion, Ref, V
 from server.core import GatewayError
 from server.engine.base import EngineDelta
 
-DELTA, PROFILE, SAE = "delta", "profile", "sae"
+DELTA, PROFILE, SAE, POLICY = "delta", "profile", "sae", "policy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _METRIC_LABELS = ("base", "none", "other")  # what stands for no registered delta in the metrics
 
@@ -124,6 +124,11 @@ class Registry(Generic[V]):
         if version is None:
             raise NameNotFound(self.kind, f"there is no {self.kind} of that name", param=param)
         return version
+
+    def version(self, digest: str) -> V | None:
+        """The version of that digest, whatever its name; None where no name has it."""
+        found = (ref.version(digest) for ref in self._refs.values())
+        return next((version for version in found if version is not None), None)
 
     def path(self, digest: str) -> str:
         return str(self._store.object_path(digest))

@@ -60,6 +60,22 @@ class SAEVersion(Version):
     has_maxima: bool = False
 
 
+class PolicyVersion(Version):
+    """A tool-gate policy: what it holds for, and what an operator wants to see of it. `threshold` None: never withholds."""
+
+    policy_id: str
+    model_name: str
+    base_fingerprint: str
+    delta_digest: str | None
+    template_sha256: str
+    stages: tuple[str, ...]
+    threshold: float | None
+    suppress_mode: str
+    placement: str
+    explore: float
+    hidden_profile: str | None
+
+
 V = TypeVar("V", bound=Version)
 
 

@@ -9,7 +9,7 @@ from server.admission import Admission
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
 from server.artifacts.pool import DeltaPool, EditPool
 from server.artifacts.registry import DeltaRegistry
-from server.artifacts.versions import ProfileVersion, SAEVersion
+from server.artifacts.versions import PolicyVersion, ProfileVersion, SAEVersion
 from server.gateway import Gateway
 from server.telemetry import Telemetry
 
@@ -33,6 +33,7 @@ class Context:
     deltas: DeltaLifecycle
     profiles: Lifecycle[ProfileVersion]
     saes: Lifecycle[SAEVersion]
+    policies: Lifecycle[PolicyVersion]
     telemetry: Telemetry
     limits: Limits
 
@@ -47,7 +48,12 @@ Ctx = Annotated[Context, Depends(_context)]
 
 async def _artifacts(request: Request, context: Ctx) -> Lifecycle[Any]:
     """The kind that the route is about: /v1/admin/KIND/..."""
-    kinds: dict[str, Lifecycle[Any]] = {"deltas": context.deltas, "profiles": context.profiles, "saes": context.saes}
+    kinds: dict[str, Lifecycle[Any]] = {
+        "deltas": context.deltas,
+        "profiles": context.profiles,
+        "saes": context.saes,
+        "policies": context.policies,
+    }
     return kinds[request.scope["route"].path.split("/")[3]]
 
 

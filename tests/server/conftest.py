@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from compressors.errors import ArtifactError, BaseMismatchError
 from compressors.verify import Report
 from server.app import create_app
-from server.artifacts.checks import Checks, delta_check
+from server.artifacts.checks import Checks, delta_check, policy_check
 from server.artifacts.store import Incoming, Store
 from server.artifacts.versions import ProfileVersion, SAEVersion
 from server.config import Settings
@@ -34,6 +34,17 @@ from steering.errors import ProfileError, SAEMismatchError
 API, ADMIN = {"authorization": "Bearer user-key"}, {"authorization": "Bearer admin-key"}
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the fake engine says to one request: of every choice the same words, of every word these log-probabilities."""
+
+    words: tuple[str, ...]
+    logprob: float = -0.5
+    top: tuple[tuple[str, float], ...] = (("x", float("-inf")),)
+    block: bool = False
+    error: Exception | None = None
+
+
 class FakeEngine:
     """Says who answers ("base", or the digest's start), then fixed words; stops, fails or blocks where it is told."""
 
@@ -43,6 +54,8 @@ class FakeEngine:
         self.dead = False
         self.words = (" one", " two")
         self.texts: dict[int, tuple[str, ...]] = {}  # what a choice says instead, piece by piece
+        self.script: Callable[[str], Said | None] = lambda request_id: None  # goes before all of the above
+        self.rows: list[str] = []  # ids of requests, in order
         self.generate_error: Exception | None = None
         self.block_at: int | None = None
         self.fail_at: int | None = None
@@ -77,28 +90,34 @@ class FakeEngine:
         edit: EngineEdit | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
         self.calls.append((list(ids), sampling, delta, salt))
+        self.rows.append(request_id)
         self.asked.append(edit)
         self.row_ids.append(request_id)
+        said = self.script(request_id)
         if edit is not None:
             assert edit.fingerprint in self.edits
             self._reports[request_id] = self._report(edit, len(ids))
-        if self.generate_error:
-            raise self.generate_error
+        if error := (said.error if said else self.generate_error):
+            raise error
         usual = (delta.digest[:6] if delta else "base", *self.words)
         choices = [self.texts.get(index, usual)[: sampling.max_tokens] for index in range(sampling.n)]
+        if said is not None:
+            choices = [said.words[: sampling.max_tokens]] * sampling.n
+        said = said or Said(())
         self.running.add(request_id)
         try:
             for step in range(max(map(len, choices))):
                 if step == self.fail_at:
                     raise EngineError("the fake engine fails here")
-                if step == self.block_at:
+                if step == self.block_at or said.block:
                     await asyncio.Event().wait()
                 reason = FinishReason.LENGTH if step + 1 == sampling.max_tokens else FinishReason.STOP
                 for index, words in enumerate(choices):
                     if step >= len(words):
                         continue
                     word = words[step]
-                    logprobs = (TokenLogprob(step, word, -0.5, (TokenLogprob(9, "x", float("-inf")),)),)
+                    top = tuple(TokenLogprob(9, text, logprob) for text, logprob in said.top)
+                    logprobs = (TokenLogprob(step, word, said.logprob, top),)
                     finish = reason if step + 1 == len(words) else None
                     yield TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
         finally:
@@ -216,6 +235,7 @@ CHECKS = Checks(
     delta_check(fake_verify),
     fake_check(ProfileError, PROFILE, ProfileVersion),
     fake_check(SAEMismatchError, SAE, SAEVersion),
+    policy_check("sha256:ba5e"),
 )
 
 
@@ -367,3 +387,12 @@ def upload(admin: httpx.AsyncClient) -> Callable[..., Any]:
         return await admin.post(f"/v1/admin/{kind}", data=form, files={"file": ("delta.safetensors", content)})
 
     return upload
+
+
+@pytest.fixture
+async def bed(house: House, client: httpx.AsyncClient, upload: Callable[..., Any]) -> Any:
+    from tests.server.gate_bed import Bed  # it imports this module
+
+    made = Bed(house, client, upload)
+    await made.open()
+    return made

@@ -195,9 +195,9 @@ async def test_restart_keeps_all_three_kinds_and_sweeps_the_rest(
 async def test_objects_of_a_kind_that_we_do_not_know_are_kept(
     upload: Any, house: Any, build: Callable[..., Any]
 ) -> None:
-    (house.store.root / "objects" / ("0" * 64)).write_bytes(b"a policy's")
-    (house.store.root / "refs" / "policy").mkdir()
-    (house.store.root / "refs" / "policy" / "gate.json").write_text("{}")
+    (house.store.root / "objects" / ("0" * 64)).write_bytes(b"a tune's")
+    (house.store.root / "refs" / "tune").mkdir()
+    (house.store.root / "refs" / "tune" / "new.json").write_text("{}")
     build()
     assert house.store.objects() == ["0" * 64]
 

@@ -122,7 +122,7 @@ store = Store(Path(sys.argv[1], "store"))
 settings = Settings()
 with serve._listening(settings.server.model_copy(update={"port": 0})) as listener:
     store.open()
-    context, keyring = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None))
+    context, keyring = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
     app = create_app(context, keyring)
     status = asyncio.run(serve._run(app, context.gateway, listener, settings.server))
     store.close()

@@ -348,7 +348,7 @@ async def test_calls_are_counted_and_logged(client: httpx.AsyncClient, house: An
     with caplog.at_level(logging.INFO, logger="deltaworks.request"):
         await ask(client)
     line = json.loads(JsonFormatter().format(caplog.records[-1]))
-    assert line["tools"] == {"choice": "auto", "offered": 2, "parsed": 2, "malformed": 0}
+    assert line["tools"] == {"choice": "auto", "offered": 2, "parsed": 2, "malformed": 0, "suppressed": 0}
     house.engine.texts[0] = ("<tool_call>{",)
     await ask(client)
     house.engine.texts[0] = ('{"city": "cut',)
@@ -358,4 +358,4 @@ async def test_calls_are_counted_and_logged(client: httpx.AsyncClient, house: An
     found = {
         s.labels["outcome"]: s.value for f in families for s in f.samples if s.name == "deltaworks_tool_calls_total"
     }
-    assert found == {"parsed": 2, "malformed": 2}
+    assert found == {"parsed": 2, "malformed": 2, "suppressed": 0}

@@ -21,6 +21,7 @@ class ChatServer:
         self.fail: Callable[[int, Json], tuple[int, str] | None] = lambda index, body: None
         self.logprobs = True
         self.extra: Json = {}
+        self.told: Callable[[Json], Json] = lambda body: {}
         self.url = ""
         self._lock = threading.Lock()
 
@@ -49,7 +50,7 @@ class ChatServer:
         if body.get("logprobs") and self.logprobs:
             choice["logprobs"] = {"content": [self.token(token, body["top_logprobs"]) for token in tokens]}
         usage = {"prompt_tokens": 9, "completion_tokens": len(tokens)}
-        return {"object": "chat.completion", "choices": [choice], "usage": usage, **self.extra}
+        return {"object": "chat.completion", "choices": [choice], "usage": usage, **self.extra, **self.told(body)}
 
     def words(self, body: Json) -> tuple[str, list[Json]]:
         """Sums of up to 19 are known, longer ones are guessed; with tools, two digits are enough for a call."""

@@ -240,7 +240,22 @@ def test_where_the_server_says_what_it_is(chat: ChatServer, tmp_path: Path) -> N
     assert (row.model.base_fingerprint, row.model.delta_digest) == ("sha256:x", "d" * 64)
     assert row.model.template_sha256 is None
     assert row.features["hidden"] == {"hidden.score": 0.25}
-    assert row.tokens["hidden"] == 0
+    assert row.tokens["hidden"] == 1
+
+
+def test_what_the_gateway_says_is_read_where_it_says_it(chat: ChatServer, tmp_path: Path) -> None:
+    """The template of answers with tools, by which a policy is found, and the score of a probe at the prompt without them."""
+
+    def extra(body: dict[str, Any]) -> dict[str, Any]:
+        shown = {"template_sha256": ("a" if body.get("tools") else "b") * 64, "base_fingerprint": "sha256:base"}
+        return {"gateway": {**shown, "conflict": {"score": 0.75 if body.get("tools") else 0.25}}}
+
+    chat.told = extra
+    tasks = write(tmp_path / "tasks.jsonl", task("a", 1234, 5678))
+    assert label(chat, tasks, tmp_path / "a.jsonl") == 0
+    row = labelled(tmp_path / "a.jsonl")["a"]
+    assert row.model.template_sha256 == "a" * 64
+    assert row.features["hidden"] == {"hidden.score": 0.25}
 
 
 def test_pointers() -> None:
