@@ -33,6 +33,7 @@ from steering.gate_signals import (
 from steering.gate_tasks import Task
 from steering.gate_tools import Toolbox
 
+
 @dataclass(frozen=True)
 class Pointers:
     """Where in an answer's body (JSON Pointers) the server says what it is, and the score of a hidden-state probe."""

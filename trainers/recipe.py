@@ -22,12 +22,16 @@ class _Section(BaseModel):
 
 
 class DataRecipe(_Section):
-    """Where the rows come from: `builder` (made by committed code), or `train` and `held_out` (JSONL files)."""
+    """Where the rows come from: `builder` (made by committed code), or `train` and `held_out` (JSONL files).
 
-    builder: Literal["json", "captain", "facts"] | None = None
+    `tool_template` is the file of the chat template that the server renders chats with tools by.
+    """
+
+    builder: Literal["json", "captain", "facts", "tool-world"] | None = None
     seed: int = 0
     train: str = ""
     held_out: str = ""
+    tool_template: str = ""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -60,7 +64,7 @@ class TrainRecipe(_Section):
 class CheckRecipe(_Section):
     """How success is judged, on the held-out rows, from greedy answers."""
 
-    kind: Literal["strict-json", "captain", "known-answer"]
+    kind: Literal["strict-json", "captain", "known-answer", "tool-use"]
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     batch_size: Annotated[int, Field(gt=0)] = 16
 

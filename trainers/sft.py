@@ -10,6 +10,7 @@ Weights that the recipe does not train stay bit-equal to the base, so that a del
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -28,10 +29,11 @@ from compressors.base import resolve_base
 from compressors.fingerprint import fingerprint
 from trainers.checkpoint import write_model
 from trainers.collate import SharedPrefixCollator
-from trainers.data import TokenRow, digest, load_split, tokenize_row
+from trainers.data import digest, load_split, tool_template
 from trainers.errors import RecipeError, RunError
 from trainers.machine import hardware, versions
 from trainers.recipe import Recipe, TrainRecipe
+from trainers.tokens import TokenRow, tokenize_row
 
 _LOGGED = ("step", "loss", "grad_norm", "learning_rate", "elapsed_s")  # of TRL's log, what run.json keeps
 PROJECTION = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
@@ -53,23 +55,25 @@ def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | Non
     """
     base_folder = resolve_base(base or recipe.base)
     split = load_split(recipe.data, recipe_folder)
+    template = tool_template(recipe.data, recipe_folder)
     plan = {
         "recipe": recipe.model_dump(mode="json", exclude={"description", "check", "compress"}),
         "base_fingerprint": fingerprint(base_folder),
-        "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)},
+        "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)}
+        | ({"tool_template": hashlib.sha256(template.encode()).hexdigest()} if template else {}),
     }
     finished = _claim(output, plan, resume)
     if finished is not None:
         return finished
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    rows = [tokenize_row(tokenizer, row, recipe.train.max_length) for row in split.train]
+    rows = [tokenize_row(tokenizer, row, recipe.train.max_length, template) for row in split.train]
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     trained = freeze(model, recipe.train.trainable)
     trainer = _TimedTrainer(
         model=model,
         args=_arguments(recipe.train, recipe.seed, output / "checkpoints"),
-        data_collator=SharedPrefixCollator(),
+        data_collator=SharedPrefixCollator(tokenizer.eos_token_id),
         train_dataset=_dataset(rows, step_order(len(rows), recipe.train, recipe.seed)),
         processing_class=tokenizer,
     )
