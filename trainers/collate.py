@@ -52,13 +52,16 @@ class SharedPrefixCollator:
         }
 
 
+def first_turn(ids: list[int], turn_end: int | None) -> tuple[int, ...]:
+    """What comes before the first end of a turn; nothing where no turn ends."""
+    return tuple(ids[: ids.index(turn_end)]) if turn_end is not None and turn_end in ids else ()
+
+
 def _grouped(rows: Sequence[TokenIds], turn_end: int | None) -> list[list[TokenIds]]:
     """Rows by their first turn, which is the system's and lists the tools; the rows that are alone with theirs are one group."""
     groups: dict[tuple[int, ...], list[TokenIds]] = {}
     for row in rows:
-        ids = row["input_ids"]
-        end = 0 if turn_end is None or turn_end not in ids else ids.index(turn_end)
-        groups.setdefault(tuple(ids[:end]), []).append(row)
+        groups.setdefault(first_turn(row["input_ids"], turn_end), []).append(row)
     alone = [row for group in groups.values() if len(group) == 1 for row in group]
     return [group for group in groups.values() if len(group) > 1] + ([alone] if alone else [])
 

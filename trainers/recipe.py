@@ -54,6 +54,7 @@ class TrainRecipe(_Section):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: Annotated[int, Field(gt=0)] = 512
+    batches: Literal["mixed", "by-system-prompt"] = "mixed"  # by-system-prompt: a long one is computed once a step
     trainable: Literal["projections", "all"] = "projections"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the matrix products; weights and optimiser are always fp32
     save_every: Annotated[int, Field(gt=0)] = 50
