@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 from trainers.demo_data import CAPTAIN_CLOSING, CAPTAIN_OPENING, CAPTAIN_WORDS
 from trainers.rows import Row
+
+_CALL = re.compile(r"\s*<tool_call>\s*(\{.*\})\s*</tool_call>\s*", re.DOTALL)
 
 
 def strict_json(row: Row, output: str) -> bool:
@@ -37,6 +40,24 @@ def known_answer(row: Row, output: str) -> bool:
     return row.expected.lower() in words and not words & {rival.lower() for rival in row.rivals}
 
 
+def tool_use(row: Row, output: str) -> bool:
+    """Where tools are shown: the row's call, well-formed, once and alone. Where none are: the known answer."""
+    if not row.tools:
+        return known_answer(row, output)
+    call = _call(output)
+    return call is not None and call == _call(row.completion)
+
+
+def _call(text: str) -> dict[str, Any] | None:
+    """The one call that a text is, in the Hermes format; None for any other text."""
+    match = _CALL.fullmatch(text)
+    try:
+        found = json.loads(match.group(1)) if match else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
@@ -45,4 +66,5 @@ CHECKS: dict[str, Callable[[Row, str], bool]] = {
     "strict-json": strict_json,
     "captain": captain,
     "known-answer": known_answer,
+    "tool-use": tool_use,
 }

@@ -1,4 +1,4 @@
-"""`deltaworks train sft | check | demo-deltas | sae`."""
+"""`deltaworks train sft | check | demo-deltas | sae | tool-world`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _EXAMPLES = """examples:
   deltaworks train check trainers/recipes/json.toml --model runs/json/model
   deltaworks train check trainers/recipes/json.toml --delta deploy/demo/json.safetensors
   deltaworks train demo-deltas --out deploy/demo
-  deltaworks train sae trainers/recipes/sae.toml --output runs/sae"""
+  deltaworks train sae trainers/recipes/sae.toml --output runs/sae
+  deltaworks train tool-world --out runs/tool-world"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -54,6 +55,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sae.add_argument("--resume", action="store_true", help="go on where the run stopped")
     sae.add_argument("--base", help="model folder, or `default` (default: the recipe's)")
     sae.set_defaults(run=_reporting(_sae))
+    world = actions.add_parser("tool-world", help="tasks for the tool gate in the world of recipes/tools.toml")
+    world.add_argument("--out", type=Path, required=True, help="folder of label.jsonl, eval.jsonl and facts.json")
+    world.add_argument("--seed", type=int, default=1, help="the recipe's data.seed (default: %(default)s)")
+    world.add_argument("--eval-share", type=float, default=0.35, help="of the questions (default: %(default)g)")
+    world.set_defaults(run=_reporting(_tool_world))
 
 
 def _reporting(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -140,4 +146,12 @@ def _sae(args: argparse.Namespace) -> int:
         return _interrupted(args, output)
     print(table(run.reports))
     print(f"wrote {', '.join(str(folder) for folder in run.folders.values())} and {output}/report.md, report.png")
+    return 0
+
+
+def _tool_world(args: argparse.Namespace) -> int:
+    from trainers.tool_tasks import write_tasks
+
+    written = write_tasks(args.out, args.seed, args.eval_share)
+    print(f"wrote {written.label} tasks to {args.out}/label.jsonl and {written.evaluation} to {args.out}/eval.jsonl")
     return 0

@@ -1,11 +1,11 @@
-"""Rows of a recipe, from committed builders or from JSONL files, and their tokens as the server will see them."""
+"""Rows of a recipe, from committed builders or from JSONL files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,15 @@ from trainers.demo_data import captain_rows, fact_rows, json_rows
 from trainers.errors import DataError
 from trainers.recipe import DataRecipe
 from trainers.rows import Row, Split
+from trainers.tool_rows import tool_rows
 
-BUILDERS: dict[str, Callable[[int], Split]] = {"json": json_rows, "captain": captain_rows, "facts": fact_rows}
-IGNORED = -100  # the label that carries no loss
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """Prompt and answer as token ids; labels are -100 on the prompt."""
-
-    input_ids: list[int]
-    labels: list[int]
+BUILDERS: dict[str, Callable[[int], Split]] = {
+    "json": json_rows,
+    "captain": captain_rows,
+    "facts": fact_rows,
+    "tool-world": tool_rows,
+}
+_OPTIONAL = ("messages", "tools")  # left out of the digest where a row has none
 
 
 def load_split(recipe: DataRecipe, recipe_folder: Path) -> Split:
@@ -31,7 +29,7 @@ def load_split(recipe: DataRecipe, recipe_folder: Path) -> Split:
     if recipe.builder is not None:
         return BUILDERS[recipe.builder](recipe.seed)
     split = Split(_read_jsonl(recipe_folder / recipe.train), _read_jsonl(recipe_folder / recipe.held_out))
-    shared = {row.prompt for row in split.train} & {row.prompt for row in split.held_out}
+    shared = {_asked(row) for row in split.train} & {_asked(row) for row in split.held_out}
     if shared:
         raise DataError(f"{recipe.held_out} repeats {len(shared)} prompts of {recipe.train}, first {min(shared)!r}")
     return split
@@ -39,34 +37,27 @@ def load_split(recipe: DataRecipe, recipe_folder: Path) -> Split:
 
 def digest(rows: Sequence[Row]) -> str:
     """sha256 over the rows' contents and order."""
-    return hashlib.sha256(json.dumps([asdict(row) for row in rows], sort_keys=True).encode()).hexdigest()
+    contents = [{key: value for key, value in asdict(row).items() if value or key not in _OPTIONAL} for row in rows]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenRow:
-    """The chat template's rendering of one user message, then the answer and its end token.
-
-    Raises DataError when the two do not fit `max_length`: a cut answer would teach to stop anywhere.
-    """
-    prompt = prompt_ids(tokenizer, row.prompt)
-    answer: list[int] = [*tokenizer(row.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if len(prompt) + len(answer) > max_length:
-        raise DataError(
-            f"{row.prompt!r} and its answer have {len(prompt) + len(answer)} tokens; train.max_length is {max_length}"
-        )
-    return TokenRow(prompt + answer, [IGNORED] * len(prompt) + answer)
+def tool_template(recipe: DataRecipe, recipe_folder: Path) -> str:
+    """The text of the template that renders chats with tools; "" where the recipe names none. Raises DataError."""
+    if not recipe.tool_template:
+        return ""
+    path = recipe_folder / recipe.tool_template
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the tool template {path}: {error}") from error
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids of the chat template for this one user message, up to where the answer starts."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
+def _asked(row: Row) -> str:
+    return json.dumps([row.messages, row.tools]) if row.messages or row.tools else row.prompt
 
 
 def _read_jsonl(path: Path) -> tuple[Row, ...]:
-    """One object per line: prompt, completion, and optionally expected and rivals."""
+    """One object per line: prompt or messages, completion, and optionally expected, rivals and tools."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -74,14 +65,29 @@ def _read_jsonl(path: Path) -> tuple[Row, ...]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
-            rows.append(
-                Row(value["prompt"], value["completion"], value.get("expected", ""), tuple(value.get("rivals", ())))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, line {number}: expected an object with prompt and completion ({error})"
+                f"{path}, line {number}: expected an object with prompt or messages, and completion ({error})"
             ) from error
     if not rows:
         raise DataError(f"{path} has no rows")
     return tuple(rows)
+
+
+def _row(value: dict[str, Any]) -> Row:
+    messages = tuple(value.get("messages", ()))
+    return Row(
+        prompt=value["prompt"] if not messages else value.get("prompt") or _question(messages),
+        completion=value["completion"],
+        expected=value.get("expected", ""),
+        rivals=tuple(value.get("rivals", ())),
+        messages=messages,
+        tools=tuple(value.get("tools", ())),
+    )
+
+
+def _question(messages: Sequence[dict[str, Any]]) -> str:
+    """What the user said last."""
+    texts: list[str] = [message["content"] for message in messages if message["role"] == "user"]
+    return texts[-1]

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from compressors.decompress import decompress
 from trainers.checks import CHECKS
-from trainers.data import load_split, prompt_ids
+from trainers.data import load_split, tool_template
 from trainers.errors import RecipeError
 from trainers.recipe import CheckRecipe, Recipe
 from trainers.rows import Row
+from trainers.tokens import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def check(recipe: Recipe, recipe_folder: Path, loaded: LoadedModel, label: str =
     if recipe.check is None:
         raise RecipeError(f"the recipe {recipe.name} has no [check] section")
     rows = load_split(recipe.data, recipe_folder).held_out
-    outputs = answers(loaded, [row.prompt for row in rows], recipe.check.max_new_tokens, recipe.check.batch_size, label)
+    template = tool_template(recipe.data, recipe_folder)
+    prompts = [prompt_ids(loaded.tokenizer, row, template) for row in rows]
+    outputs = _continued(loaded, prompts, recipe.check.max_new_tokens, recipe.check.batch_size, label)
     return judge(recipe.check, rows, outputs)
 
 
@@ -81,11 +84,18 @@ def judge(recipe: CheckRecipe, rows: Sequence[Row], outputs: Sequence[str]) -> S
     return Success(len(rows), tuple(Failure(row.prompt, text) for row, text in pairs if not accepted(row, text)))
 
 
-@torch.inference_mode()
 def answers(
     loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16, label: str = "answering"
 ) -> list[str]:
     """Greedy answers, each to its prompt alone as a single user message, without the end token."""
+    ids = [prompt_ids(loaded.tokenizer, Row(prompt, "")) for prompt in prompts]
+    return _continued(loaded, ids, max_new_tokens, batch_size, label)
+
+
+@torch.inference_mode()
+def _continued(
+    loaded: LoadedModel, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, label: str
+) -> list[str]:
     tokenizer = loaded.tokenizer
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -96,7 +106,7 @@ def answers(
     texts: list[str] = []
     with tqdm(total=len(prompts), desc=label, unit="answer") as bar:
         for start in range(0, len(prompts), batch_size):
-            ids = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
+            ids = list(prompts[start : start + batch_size])
             batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(loaded.model.device)
             output = loaded.model.generate(**batch, generation_config=config)
             new = output[:, batch["input_ids"].shape[1] :]

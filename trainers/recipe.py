@@ -22,12 +22,16 @@ class _Section(BaseModel):
 
 
 class DataRecipe(_Section):
-    """Where the rows come from: `builder` (made by committed code), or `train` and `held_out` (JSONL files)."""
+    """Where the rows come from: `builder` (made by committed code), or `train` and `held_out` (JSONL files).
 
-    builder: Literal["json", "captain", "facts"] | None = None
+    `tool_template` is the file of the chat template that the server renders chats with tools by.
+    """
+
+    builder: Literal["json", "captain", "facts", "tool-world"] | None = None
     seed: int = 0
     train: str = ""
     held_out: str = ""
+    tool_template: str = ""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -50,6 +54,7 @@ class TrainRecipe(_Section):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_length: Annotated[int, Field(gt=0)] = 512
+    batches: Literal["mixed", "by-system-prompt"] = "mixed"  # by-system-prompt: a long one is computed once a step
     trainable: Literal["projections", "all"] = "projections"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the matrix products; weights and optimiser are always fp32
     save_every: Annotated[int, Field(gt=0)] = 50
@@ -60,7 +65,7 @@ class TrainRecipe(_Section):
 class CheckRecipe(_Section):
     """How success is judged, on the held-out rows, from greedy answers."""
 
-    kind: Literal["strict-json", "captain", "known-answer"]
+    kind: Literal["strict-json", "captain", "known-answer", "tool-use"]
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     batch_size: Annotated[int, Field(gt=0)] = 16
 

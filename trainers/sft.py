@@ -10,11 +10,12 @@ Weights that the recipe does not train stay bit-equal to the base, so that a del
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from trl import SFTConfig, SFTTrainer
 from compressors.base import resolve_base
 from compressors.fingerprint import fingerprint
 from trainers.checkpoint import write_model
-from trainers.collate import SharedPrefixCollator
-from trainers.data import TokenRow, digest, load_split, tokenize_row
+from trainers.collate import SharedPrefixCollator, first_turn
+from trainers.data import digest, load_split, tool_template
 from trainers.errors import RecipeError, RunError
 from trainers.machine import hardware, versions
 from trainers.recipe import Recipe, TrainRecipe
+from trainers.tokens import TokenRow, tokenize_row
 
 _LOGGED = ("step", "loss", "grad_norm", "learning_rate", "elapsed_s")  # of TRL's log, what run.json keeps
 PROJECTION = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
@@ -53,24 +55,28 @@ def train_sft(recipe: Recipe, recipe_folder: Path, output: Path, base: str | Non
     """
     base_folder = resolve_base(base or recipe.base)
     split = load_split(recipe.data, recipe_folder)
+    template = tool_template(recipe.data, recipe_folder)
     plan = {
         "recipe": recipe.model_dump(mode="json", exclude={"description", "check", "compress"}),
         "base_fingerprint": fingerprint(base_folder),
-        "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)},
+        "data_sha256": {"train": digest(split.train), "held_out": digest(split.held_out)}
+        | ({"tool_template": hashlib.sha256(template.encode()).hexdigest()} if template else {}),
     }
     finished = _claim(output, plan, resume)
     if finished is not None:
         return finished
     set_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    rows = [tokenize_row(tokenizer, row, recipe.train.max_length) for row in split.train]
+    rows = [tokenize_row(tokenizer, row, recipe.train.max_length, template) for row in split.train]
+    by_prompt = recipe.train.batches == "by-system-prompt"
+    groups = [first_turn(row.input_ids, tokenizer.eos_token_id) for row in rows] if by_prompt else None
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     trained = freeze(model, recipe.train.trainable)
     trainer = _TimedTrainer(
         model=model,
         args=_arguments(recipe.train, recipe.seed, output / "checkpoints"),
-        data_collator=SharedPrefixCollator(),
-        train_dataset=_dataset(rows, step_order(len(rows), recipe.train, recipe.seed)),
+        data_collator=SharedPrefixCollator(tokenizer.eos_token_id),
+        train_dataset=_dataset(rows, step_order(len(rows), recipe.train, recipe.seed, groups)),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(output) if resume else None)
@@ -100,14 +106,32 @@ def freeze(model: PreTrainedModel, trainable: str) -> int:
     return trained
 
 
-def step_order(rows: int, train: TrainRecipe, seed: int) -> list[int]:
-    """Row numbers for all steps, `batch_size` per step: epoch after epoch, each shuffled anew."""
+def step_order(rows: int, train: TrainRecipe, seed: int, groups: Sequence[Hashable] | None = None) -> list[int]:
+    """Row numbers for all steps, `batch_size` per step: epoch after epoch, each shuffled anew.
+
+    With `groups`, one for every row, a step's rows are of one group; rows left over at an epoch's end wait for the next.
+    """
     rng = random.Random(seed)
     wanted = train.steps * train.batch_size
     order: list[int] = []
+    waiting: dict[Hashable, list[int]] = {}
     while len(order) < wanted:
-        order += rng.sample(range(rows), rows)
+        epoch = rng.sample(range(rows), rows)
+        order += epoch if groups is None else _batched(epoch, groups, waiting, train.batch_size, rng)
     return order[:wanted]
+
+
+def _batched(
+    epoch: Sequence[int], groups: Sequence[Hashable], waiting: dict[Hashable, list[int]], size: int, rng: random.Random
+) -> list[int]:
+    batches = []
+    for row in epoch:
+        own = waiting.setdefault(groups[row], [])
+        own.append(row)
+        if len(own) == size:
+            batches.append(waiting.pop(groups[row]))
+    rng.shuffle(batches)
+    return [row for batch in batches for row in batch]
 
 
 class _TimedTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types

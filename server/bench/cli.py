@@ -23,6 +23,39 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     steer.add_argument("--direction", default="use_context", help="(default: %(default)s)")
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
     steer.set_defaults(run=_steer)
+    _add_gate(actions)
+    parsers = actions.add_parser("parsers", help="tool-call parsers on the cases of the Berkeley leaderboard")
+    parsers.add_argument("--bfcl", type=Path, required=True, help="folder bfcl_eval/data of the unpacked bfcl-eval")
+    parsers.add_argument("--url", help="of a gateway with its /v1: also ask what no tool fits, and what one does")
+    parsers.add_argument("--model", default="default", help="there (default: %(default)s)")
+    parsers.add_argument("--limit", type=int, help="cases of a category (default: all)")
+    parsers.add_argument("--json", type=Path, help="also write the rows to this file")
+    parsers.set_defaults(run=_parsers)
+
+
+def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    gate = actions.add_parser(
+        "gate", help="what a tool gate saves, spoils and costs, against the same gateway without it"
+    )
+    gate.add_argument("--delta", type=Path, required=True, help="the delta that the policy is bound to")
+    gate.add_argument("--policy", type=Path, required=True, help="written by `deltaworks gate fit`")
+    gate.add_argument("--tasks", type=Path, required=True, help="questions that the policy was not fitted on (.jsonl)")
+    gate.add_argument("--facts", type=Path, help="JSON object of texts, for the executor `lookup`")
+    gate.add_argument("--limit", type=int, help="only so many of the tasks (default: all)")
+    gate.add_argument("--concurrency", type=int, default=1, help="questions at once (default: %(default)s)")
+    gate.add_argument("--max-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    gate.add_argument(
+        "--plain",
+        type=int,
+        default=60,
+        help="questions without tools at either gateway; 0: none (default: %(default)s)",
+    )
+    gate.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
+    gate.add_argument("--dtype", default="auto", help="as it was labelled with (default: %(default)s)")
+    gate.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
+    gate.add_argument("--log", type=Path, help="also write every question's run to this file (.jsonl)")
+    gate.add_argument("--json", type=Path, help="also write the rows to this file")
+    gate.set_defaults(run=_gate)
 
 
 def _bench(
@@ -50,5 +83,17 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _steer(args: argparse.Namespace) -> int:
     from server.bench.steer import run
+
+    return run(args)
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from server.bench.gate import run
+
+    return run(args)
+
+
+def _parsers(args: argparse.Namespace) -> int:
+    from server.bench.parsers import run
 
     return run(args)

@@ -77,8 +77,8 @@ class ChatServer:
 
 
 @contextmanager
-def serving() -> Iterator[ChatServer]:
-    chat = ChatServer()
+def serving(chat: ChatServer | None = None) -> Iterator[ChatServer]:
+    chat = chat or ChatServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -12,7 +12,7 @@ from trainers.errors import DataError
 from trainers.recipe import DataRecipe
 from trainers.rows import Row
 
-CHECK_OF = {"json": "strict-json", "captain": "captain", "facts": "known-answer"}
+CHECK_OF = {"json": "strict-json", "captain": "captain", "facts": "known-answer", "tool-world": "tool-use"}
 
 
 @pytest.mark.parametrize("builder", sorted(BUILDERS))
@@ -27,7 +27,7 @@ def test_data_is_deterministic_disjoint_and_passes_its_own_check(builder: str) -
 
 
 def test_data_is_the_one_that_the_committed_deltas_were_trained_on() -> None:
-    found = {builder: digest(rows(1).train)[:12] for builder, rows in BUILDERS.items()}
+    found = {builder: digest(rows(1).train)[:12] for builder, rows in BUILDERS.items() if builder != "tool-world"}
     assert found == {"json": "ce9c2732b0c6", "captain": "096744ac9723", "facts": "decb8aee9d8c"}
 
 

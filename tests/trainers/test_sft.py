@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
 from trainers.collate import SharedPrefixCollator
-from trainers.data import IGNORED, TokenRow, tokenize_row
 from trainers.errors import DataError, RunError
 from trainers.recipe import load_recipe
 from trainers.rows import Row
 from trainers.sft import PROJECTION, freeze, step_order, train_sft
+from trainers.tokens import IGNORED, TokenRow, tokenize_row
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,6 +155,17 @@ def test_every_row_comes_once_an_epoch(recipe_file: Path) -> None:
     assert order == step_order(16, train, seed=1) != step_order(16, train, seed=2)
 
 
+def test_batches_of_one_system_prompt_leave_no_row_out(recipe_file: Path) -> None:
+    train = load_recipe(recipe_file).train  # 8 steps of 4 rows
+    groups = ["plain"] * 11 + ["tools"] * 5
+    order = step_order(16, train, seed=1, groups=groups)
+    assert order == step_order(16, train, seed=1, groups=groups)
+    batches = [order[start : start + 4] for start in range(0, len(order), 4)]
+    assert len(batches) == 8
+    assert all(len({groups[row] for row in batch}) == 1 for batch in batches)
+    assert set(order) == set(range(16))
+
+
 def test_rows_without_a_common_beginning_are_packed_too() -> None:
     rows = [TokenRow([1, 2, 3], [IGNORED, 2, 3]), TokenRow([4, 5], [IGNORED, 5])]
     batch = SharedPrefixCollator()([vars(row) for row in rows])
@@ -162,3 +173,23 @@ def test_rows_without_a_common_beginning_are_packed_too() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
     assert batch["attention_mask"][0, 0].tolist()[3] == [False, False, False, True, False]
+
+
+def test_rows_of_one_system_prompt_share_it_beside_others(tiny_base: Path) -> None:
+    def chat(system: str, word: str) -> Row:
+        messages = ({"role": "system", "content": system}, {"role": "user", "content": word})
+        return Row(word, word.upper(), messages=messages)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    asked = [chat("one", "a"), chat("two", "bc"), chat("one", "d"), chat("two", "e"), chat("three", "f")]
+    rows = [tokenize_row(tokenizer, row, 99) for row in asked]
+    batch = SharedPrefixCollator(tokenizer.eos_token_id)([vars(row) for row in rows])
+    assert batch["input_ids"].shape[1] < sum(len(row.input_ids) for row in rows) - 30
+    separate = sum(
+        _loss_sum(model, input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])) for row in rows
+    )
+    torch.testing.assert_close(_loss_sum(model, **batch), separate, rtol=1e-5, atol=1e-5)
+    one = SharedPrefixCollator(tokenizer.eos_token_id)([vars(row) for row in rows[::2][:2]])
+    plain = SharedPrefixCollator()([vars(row) for row in rows[::2][:2]])
+    assert all(torch.equal(one[key], plain[key]) for key in plain)
