@@ -18,10 +18,10 @@ NEW = Said(("It is", " 5."))
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_needless_call_is_asked_again_without_tools(bed: Bed, stream: bool) -> None:
     await bed.policy(**POST)
-    bed.say(main=Said(("Well, ", CALL)), draft=SURE, **{"0-again1": NEW})
+    bed.say(main=Said(("Well, ", CALL)), draft=SURE, **{"again1-0": NEW})
     response = await bed.ask(HARD, stream=stream, **({"stream_options": {"include_usage": True}} if stream else {}))
     assert head(response) == ("suppress", "confident_without_tool")
-    assert bed.kinds == ["0", "draft", "0-again1"]
+    assert bed.kinds == ["0", "draft", "again1-0"]
     assert [bed.prompt(place) for place in (0, 2)] == [f"calculator;||u:{HARD}\n", f"u:{HARD}\n"]
     chunks = chunks_of(response) if stream else [response.json()]
     assert (text_of(chunks) if stream else message_of(response)["content"]) == "It is 5."
@@ -67,7 +67,7 @@ async def test_an_answer_without_a_gateable_call_asks_no_probe(bed: Bed) -> None
 
 async def test_a_call_that_was_made_before(bed: Bed) -> None:
     await bed.policy(**STATIC, **POST)
-    bed.say(main=Said((CALL,)), **{"0-again1": NEW})
+    bed.say(main=Said((CALL,)), **{"again1-0": NEW})
     history = [{"role": "user", "content": HARD}, *called(("calculator", '{"expression": "1+1"}'))]
     response = await bed.ask(messages=history)
     assert head(response) == ("suppress", "repeated_call")
@@ -80,7 +80,7 @@ async def test_a_call_that_was_made_before(bed: Bed) -> None:
 
 async def test_other_tools_stay_in_what_is_asked_again(bed: Bed) -> None:
     await bed.policy(**STATIC, **POST)
-    bed.say(main=Said((CALL,)), **{"0-again1": NEW})
+    bed.say(main=Said((CALL,)), **{"again1-0": NEW})
     response = await bed.ask(EASY, ("calculator", "send_mail"))
     assert head(response)[0] == "narrow"
     assert bed.prompt(1).startswith("send_mail;|")
@@ -90,7 +90,7 @@ async def test_other_tools_stay_in_what_is_asked_again(bed: Bed) -> None:
 async def test_only_choices_that_call_are_asked_again(bed: Bed) -> None:
     await bed.policy(**STATIC, **POST)
     bed.house.engine.texts = {0: ("a",), 1: (CALL,), 2: ("c",)}
-    bed.say(**{"0-again1": NEW})
+    bed.say(**{"again1-0": NEW})
     body = (await bed.ask(n=3)).json()
     assert [choice["message"]["content"] for choice in body["choices"]] == ["a", "It is 5.", "c"]
     assert bed.house.engine.calls[1][1].n == 1
@@ -114,10 +114,10 @@ async def test_a_draft_takes_the_place_of_the_call(bed: Bed) -> None:
 
 async def test_a_leak_in_what_is_asked_again(bed: Bed) -> None:
     await bed.policy(**STATIC, **POST, suppress_mode="tool_choice_none")
-    bed.say(main=Said((CALL,)), **{"0-again1": Said((CALL,)), "0-again2": NEW})
+    bed.say(main=Said((CALL,)), **{"again1-0": Said((CALL,)), "again2-0": NEW})
     response = await bed.ask()
     assert message_of(response)["content"] == "It is 5."
-    assert (bed.kinds, response.json()["gateway"]["tool_gate"]["leak"]) == (["0", "0-again1", "0-again2"], True)
+    assert (bed.kinds, response.json()["gateway"]["tool_gate"]["leak"]) == (["0", "again1-0", "again2-0"], True)
     with_tools = len(f"calculator;||u:{EASY}\n")
     told = response.json()["gateway"]["tool_gate"]
     assert told["probe_usage"] == {"prompt_tokens": 2 * with_tools, "completion_tokens": 2}

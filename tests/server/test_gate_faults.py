@@ -185,7 +185,7 @@ async def test_a_full_server_still_refuses(bed: Bed) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_changed_request_that_fails_is_asked_as_it_came(bed: Bed, stream: bool) -> None:
     await bed.policy(**STATIC)
-    bed.say(main=Said((), error=EngineError("no")), **{"0-again1": Said(("fine",))})
+    bed.say(main=Said((), error=EngineError("no")), **{"again1-0": Said(("fine",))})
     response = await bed.ask(stream=stream)
     assert head(response) == ("allow", "gate_error")
     assert [bed.prompt(place)[:2] for place in (0, 1)] == ["u:", "ca"]
@@ -195,18 +195,18 @@ async def test_a_changed_request_that_fails_is_asked_as_it_came(bed: Bed, stream
 
 async def test_a_grammar_that_the_gate_asked_for_is_no_fault_of_the_request(bed: Bed) -> None:
     await bed.policy(**STATIC, thresholds={"suppress": 0.8, "require": 0.5})
-    bed.say(main=Said((), error=GrammarError("uniqueItems")), **{"0-again1": Said((CALL,))})
+    bed.say(main=Said((), error=GrammarError("uniqueItems")), **{"again1-0": Said((CALL,))})
     response = await bed.ask(HARD, tool_gate={"mode": "enforce", "allow_require": True})
-    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "0-again1"])
+    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "again1-0"])
     assert message_of(response)["tool_calls"]
     assert response.json()["gateway"]["tool_gate"]["tool_choice_out"] == "auto"
 
 
 async def test_an_answer_held_back_is_not_lost(bed: Bed) -> None:
     await bed.policy(**STATIC, placement="post")
-    bed.say(main=Said((CALL,)), **{"0-again1": Said((), error=EngineError("no"))})
+    bed.say(main=Said((CALL,)), **{"again1-0": Said((), error=EngineError("no"))})
     response = await bed.ask()
-    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "0-again1"])
+    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "again1-0"])
     assert message_of(response)["tool_calls"]
     told = response.json()["gateway"]["tool_gate"]
     assert told["probe_usage"] == {"prompt_tokens": 0, "completion_tokens": 0}
@@ -215,10 +215,10 @@ async def test_an_answer_held_back_is_not_lost(bed: Bed) -> None:
 
 async def test_a_leak_that_cannot_be_asked_again_goes_out_as_it_came(bed: Bed) -> None:
     await bed.policy(**STATIC, suppress_mode="tool_choice_none")
-    again = {"0-again1": Said((), error=EngineError("no")), "0-again2": Said((CALL,))}
+    again = {"again1-0": Said((), error=EngineError("no")), "again2-0": Said((CALL,))}
     bed.say(main=Said((CALL,)), **again)
     response = await bed.ask()
-    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "0-again1", "0-again2"])
+    assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "again1-0", "again2-0"])
     assert message_of(response)["tool_calls"]
 
 

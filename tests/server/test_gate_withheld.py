@@ -139,9 +139,9 @@ async def test_a_leaked_call_is_cut_out(bed: Bed, words: tuple[str, ...], text: 
 @pytest.mark.parametrize("leaked", [(" \n", CALL), ("<tool_call>{broken",), (CALL[:9], CALL[9:], "tail")])
 async def test_where_only_a_call_is_left_it_is_asked_again(bed: Bed, leaked: tuple[str, ...], stream: bool) -> None:
     await bed.policy(**NONE)
-    bed.say(main=Said(leaked), **{"0-again1": Said(("It is", " 5."))})
+    bed.say(main=Said(leaked), **{"again1-0": Said(("It is", " 5."))})
     response = await bed.ask(stream=stream, **({"stream_options": {"include_usage": True}} if stream else {}))
-    assert bed.kinds == ["0", "0-again1"]
+    assert bed.kinds == ["0", "again1-0"]
     assert bed.prompt(1) == f"u:{EASY}\n"
     chunks = chunks_of(response) if stream else [response.json()]
     text = text_of(chunks) if stream else chunks[0]["choices"][0]["message"]["content"]
@@ -160,7 +160,7 @@ async def test_where_only_a_call_is_left_it_is_asked_again(bed: Bed, leaked: tup
 async def test_of_several_choices_the_empty_ones_are_asked_again(bed: Bed) -> None:
     await bed.policy(**NONE)
     bed.house.engine.texts = {0: (CALL,), 1: ("fine",), 2: (CALL, "x"), 3: ("ok ", CALL)}
-    bed.say(**{"0-again1": Said(("new",))})
+    bed.say(**{"again1-0": Said(("new",))})
     response = await bed.ask(n=4)
     choices = response.json()["choices"]
     assert [choice["message"]["content"] for choice in choices] == ["new", "fine", "new", "ok "]
