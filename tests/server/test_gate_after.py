@@ -144,6 +144,7 @@ async def test_a_leak_in_what_is_asked_again(bed: Bed) -> None:
     ("fields", "reason"),
     [
         ({"tool_choice": "none"}, "caller_forced"),
+        ({"tool_choice": "none", "tool_gate": {"mode": "enforce", "policy": "gate"}}, "caller_forced"),
         ({"tool_gate": {"mode": "off"}}, "off"),
         ({"model": "red"}, "no_policy"),
         ({"tools": ("send_mail",)}, "not_gateable"),
