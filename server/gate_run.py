@@ -24,7 +24,7 @@ from steering.gate_policy import Policy
 from steering.toolgate import Decision, GateRequest, NeedProbe, advance, start
 
 # Reasons that no answer and no probe could change.
-_SETTLED = ("off", "caller_forced", "no_policy", "policy_mismatch", "not_gateable", "gate_error")
+_SETTLED = ("off", "caller_forced", "policy_mismatch", "not_gateable", "gate_error")
 
 log = logging.getLogger("deltaworks.gate")
 

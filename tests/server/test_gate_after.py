@@ -112,6 +112,22 @@ async def test_a_draft_takes_the_place_of_the_call(bed: Bed) -> None:
     assert body["gateway"]["tool_gate"]["probe_usage"] == first
 
 
+async def test_a_queue_that_filled_up_meanwhile_refuses_no_half_answered_request(bed: Bed) -> None:
+    await bed.policy(**STATIC, **POST)
+    admission = bed.house.context.admission
+
+    def script(row: str) -> Said:
+        if not row.endswith("-0"):
+            return NEW
+        admission.queued_tokens += 99
+        return Said((CALL,))
+
+    bed.house.engine.script = script
+    response = await bed.client.post("/v1/chat/completions", json=bed.body())
+    assert (response.status_code, head(response)) == (200, ("suppress", "confident_without_tool"))
+    assert admission.queued_tokens == 99
+
+
 async def test_a_leak_in_what_is_asked_again(bed: Bed) -> None:
     await bed.policy(**STATIC, **POST, suppress_mode="tool_choice_none")
     bed.say(main=Said((CALL,)), **{"again1-0": Said((CALL,)), "again2-0": NEW})
@@ -128,15 +144,21 @@ async def test_a_leak_in_what_is_asked_again(bed: Bed) -> None:
     ("fields", "reason"),
     [
         ({"tool_choice": "none"}, "caller_forced"),
+        ({"tool_choice": "none", "tool_gate": {"mode": "enforce", "policy": "gate"}}, "caller_forced"),
         ({"tool_gate": {"mode": "off"}}, "off"),
         ({"model": "red"}, "no_policy"),
+        ({"tools": ("send_mail",)}, "not_gateable"),
     ],
 )
 async def test_what_is_settled_is_not_held_back(bed: Bed, fields: dict[str, Any], reason: str) -> None:
     await bed.upload("red", b"1")
     await bed.policy(**STATIC, **POST)
-    bed.say(main=Said((CALL,)))
-    assert head(await bed.ask(**fields)) == ("allow", reason)
+    bed.say(main=Said(("first ", "second ", "third")))
+    bed.house.engine.fail_at = 2  # what was not held back is out by then
+    response = await bed.ask(**fields, stream=True)
+    assert head(response) == ("allow", reason)
+    assert "second" in response.text
+    assert "engine_error" in response.text
     assert bed.kinds == ["0"]
 
 

@@ -82,8 +82,8 @@ async def test_a_probe_that_is_late_is_aborted(
     bed: Bed, build: Callable[..., Any], settings: Any, of_the_policy: bool
 ) -> None:
     """The policy's own limit, and this server's where that is less."""
-    gate = settings.gate.model_copy(update={"timeout_ms": 5000 if of_the_policy else 40})
-    await bed.policy(probes={"order": ["draft"], "timeout_ms": 40 if of_the_policy else 5000})
+    gate = settings.gate.model_copy(update={"timeout_ms": 60_000 if of_the_policy else 400})
+    await bed.policy(probes={"order": ["draft"], "timeout_ms": 400 if of_the_policy else 60_000})
     house = build(settings=settings.model_copy(update={"gate": gate}))  # reads the policy that is stored now
     await house.gateway.start()
     async with house.client() as client:
@@ -92,8 +92,8 @@ async def test_a_probe_that_is_late_is_aborted(
         slow.say(draft=Said(("a", "b"), block=True))
         started = time.monotonic()
         told = await left_alone(slow, "timeout", ["draft", "0"])
-        assert time.monotonic() - started < 3
-        assert told["latency_ms"] >= 40
+        assert time.monotonic() - started < 30
+        assert told["latency_ms"] >= 390
         assert told["probe_usage"] == {"prompt_tokens": len(f"u:{HARD}\n"), "completion_tokens": 0}
         assert not house.engine.running
 

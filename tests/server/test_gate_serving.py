@@ -265,7 +265,7 @@ async def test_budgets(bed: Bed) -> None:
     told = await bed.told(messages=[user, *once], tool_gate={"mode": "enforce", "budget": 1})
     assert (told["reason"], told["budget"]) == ("budget_exhausted", {"limit": 1, "used": 1})
     told = await bed.told(messages=[user, *twice, user])  # a new question has a new budget
-    assert told["reason"] == "confident_without_tool"
+    assert (told["reason"], told["budget"]) == ("confident_without_tool", {"limit": 2, "used": 0})
 
 
 async def test_a_repeated_call_and_a_loop_ask_no_probe(bed: Bed) -> None:

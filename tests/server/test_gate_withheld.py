@@ -106,6 +106,7 @@ async def test_choice_none_keeps_the_prompt(bed: Bed) -> None:
     response = await bed.ask()
     assert head(response) == ("suppress", "confident_without_tool")
     assert bed.prompt(0) == f"calculator;||u:{EASY}\n"
+    assert not bed.house.engine.calls[0][1].skip_special_tokens  # a mark can be one
     assert message_of(response) == {"role": "assistant", "content": "It is 5."}
     told = response.json()["gateway"]["tool_gate"]
     assert (told["tool_choice_out"], told["leak"], bed.kinds) == ("none", False, ["0"])
