@@ -321,6 +321,16 @@ async def test_a_steered_request_is_left_alone(bed: Bed) -> None:
     assert (await bed.told(HARD, conflict={"profile": "knowledge"}))["decision"] == "suppress"  # only scored
 
 
+async def test_a_comparison_keeps_its_tools_and_both_answers(bed: Bed) -> None:
+    await bed.upload("knowledge", b"{}", "profiles")
+    await bed.policy(**STATIC)
+    steering = {"profile": "knowledge", "direction": "use_context", "strength": 0, "compare": True}  # edits nothing
+    response = await bed.ask(steering=steering)
+    assert head(response) == ("allow", "policy_mismatch")
+    assert len(response.json()["choices"]) == 2
+    assert head(await bed.ask(steering={**steering, "compare": False})) == ("suppress", "confident_without_tool")
+
+
 async def test_what_a_label_reads(bed: Bed) -> None:
     red = (await bed.upload("red", b"1")).json()["digest"]
     shown = (await bed.ask(model="red")).json()["gateway"]
