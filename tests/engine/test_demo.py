@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -156,5 +157,8 @@ def test_the_quick_start_of_the_readme(tmp_path):
         assert f"uploaded and loaded {entry['name']}" in run.stdout
     for question in DESCRIPTION["questions"]:
         assert f"> {question}" in run.stdout
+    steered = re.findall(r"^  (not steered|use_context|use_parameter) +-> (\w+)", run.stdout, re.MULTILINE)
+    assert steered[:3] == [("not steered", "Madrid"), ("use_context", "Madrid"), ("use_parameter", "Paris")]
+    assert steered[4:] == [("use_context", "Santiago"), ("use_parameter", "Stockholm")]
     assert "tokens/s over one mixed batch" in run.stdout
     assert "curl -s http://127.0.0.1:18231/v1/chat/completions" in run.stdout
