@@ -44,7 +44,7 @@ test: venv  ## all tests, on the real engine too
 	$(VENV)/bin/python -m pytest
 
 test-fast: venv  ## the tests that need no engine
-	$(VENV)/bin/python -m pytest -m "not engine"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not engine" -n auto
 
 check: venv  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

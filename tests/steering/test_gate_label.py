@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def test_ctrl_c_keeps_what_is_done(chat: ChatServer, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "label", tasks, "-o", out, "--base-url", f"{chat.url}/v1", "--model", "tiny"]
     command += ["--k", "2", "--probe-k", "3", "--concurrency", "2"]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as running:
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as running:
         while not out.exists() or out.stat().st_size == 0:
             assert running.poll() is None
             time.sleep(0.02)
