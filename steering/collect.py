@@ -7,7 +7,7 @@ pool are asked again under a contradicting document, after demonstrations of thr
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from steering.matching import exact_match
 from steering.prompts import (
     CLOSED_BOOK_SHOTS,
     STYLES,
+    asked_after,
     by_category,
     closed_prompt,
     grouped,
@@ -88,17 +89,21 @@ def collect(settings: CollectSettings, out: Path, batch_size: int = 16, threads:
 def closed_book(facts: Sequence[Fact], answerer: Answerer, settings: CollectSettings) -> Known:
     """Which facts the model answers after solved questions without documents, and the split that follows from it.
 
-    Raises SteeringError when too few groups are known.
+    The demonstrations are one fixed draw per category, and a second one for the facts in it. Raises SteeringError when too few
+    groups are known.
     """
     answers = [""] * len(facts)
     with tqdm(total=len(facts), desc="closed book", unit="question") as bar:
         for category, rows in by_category(facts, settings.same_category).items():
-            asked = [facts[row] for row in rows]
-            for demonstrations, of_part in _closed_book_parts(asked, f"{settings.fact_seed}/{category}"):
-                prompts = [answerer.tokens(closed_prompt(demonstrations, asked[index])) for index in of_part]
+            groups = grouped([facts[row] for row in rows])
+            shots = min(CLOSED_BOOK_SHOTS, len(groups) // 2)
+            rng = random.Random(f"{settings.fact_seed}/{category}")
+            drawn = sample_demonstrations(groups, 2 * shots, None, rng)
+            for demonstrations, of_part in asked_after(drawn[:shots], drawn[shots:], facts, rows):
+                prompts = [answerer.tokens(closed_prompt(demonstrations, facts[row])) for row in of_part]
                 for batch in answerer.prefill(prompts):
                     for index, answer in zip(batch.rows, answerer.answers(answerer.end(batch)), strict=True):
-                        answers[rows[of_part[index]]] = answer
+                        answers[of_part[index]] = answer
                     bar.update(len(batch.rows))
     memorised = [exact_match(answer, fact.org_answers) for answer, fact in zip(answers, facts, strict=True)]
     known = {fact.group for fact, right in zip(facts, memorised, strict=True) if right}
@@ -109,19 +114,6 @@ def closed_book(facts: Sequence[Fact], answerer: Answerer, settings: CollectSett
             f"{max(settings.shots)} demonstrations and an item"
         )
     return Known(tuple(answers), tuple(memorised), split_groups(sorted(known), pool))
-
-
-def _closed_book_parts(facts: Sequence[Fact], seed: str) -> Iterator[tuple[list[Fact], list[int]]]:
-    """(demonstrations, indices of the facts asked after them): one fixed draw, and a second one for the facts in the first, so that
-    none sees itself."""
-    groups = grouped(facts)
-    shots = min(CLOSED_BOOK_SHOTS, len(groups) // 2)
-    drawn = sample_demonstrations(groups, 2 * shots, None, random.Random(seed))
-    shown = {fact.group for fact in drawn[:shots]}
-    for demonstrations, inside in ((drawn[:shots], False), (drawn[shots:], True)):
-        rows = [index for index, fact in enumerate(facts) if (fact.group in shown) is inside]
-        if rows:
-            yield demonstrations, rows
 
 
 def _check(settings: CollectSettings) -> None:

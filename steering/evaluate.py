@@ -22,7 +22,7 @@ from steering.collected import Collected
 from steering.edits import Direction, EditTable
 from steering.errors import SteeringError
 from steering.facts import Fact
-from steering.prompts import by_category, grouped, label, open_prompt
+from steering.prompts import asked_after, by_category, grouped, label, open_prompt
 
 KINDS = {"agree": "dss", "against": "dso"}
 NO_CONTROL = "no control"
@@ -186,7 +186,7 @@ def _answered(
     return found
 
 
-def demonstrated(trial: Trial, seed: int) -> list[tuple[list[Fact], list[int]]]:
+def demonstrated(trial: Trial, seed: int) -> list[tuple[Sequence[Fact], list[int]]]:
     """(demonstrations, indices of the items asked after them): the first groups of the shuffled pool, as the authors take them,
     those of the items' category before others.
 
@@ -197,15 +197,12 @@ def demonstrated(trial: Trial, seed: int) -> list[tuple[list[Fact], list[int]]]:
     if len(names) < 2 * trial.shots:
         raise SteeringError(f"a pool of {len(names)} groups is too small for {2 * trial.shots} demonstrations")
     random.Random(seed).shuffle(names)
-    parts = []
+    parts: list[tuple[Sequence[Fact], list[int]]] = []
     for category, rows in by_category(trial.items, trial.same_category).items():
         kin = {name for name in names if category and groups[name][0].category == category}
         order = [name for name in names if name in kin] + [name for name in names if name not in kin]
-        first, second = order[: trial.shots], order[trial.shots : 2 * trial.shots]
-        for shown, inside in ((first, False), (second, True)):
-            numbers = [row for row in rows if (trial.items[row].group in first) is inside]
-            if numbers:
-                parts.append(([groups[name][0] for name in shown], numbers))
+        drawn = [groups[name][0] for name in order[: 2 * trial.shots]]
+        parts += asked_after(drawn[: trial.shots], drawn[trial.shots :], trial.items, rows)
     return parts
 
 

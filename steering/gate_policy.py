@@ -109,7 +109,7 @@ class Thresholds(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        if None not in (self.suppress, self.require) and self.require >= self.suppress:  # type: ignore[operator]
+        if self.suppress is not None and self.require is not None and self.require >= self.suppress:
             raise ValueError("require must be below suppress")
         return self
 

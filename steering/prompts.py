@@ -78,6 +78,17 @@ def by_category(items: Sequence[Fact], apart: bool) -> dict[str, list[int]]:
     return found
 
 
+def asked_after(
+    first: Sequence[Fact], second: Sequence[Fact], items: Sequence[Fact], rows: Sequence[int]
+) -> Iterator[tuple[Sequence[Fact], list[int]]]:
+    """(demonstrations, rows of the items asked after them): the first ones, or the second for items whose group is in the first, so
+    that none sees itself. Parts without a row are left out."""
+    shown = {fact.group for fact in first}
+    for demonstrations, inside in ((first, False), (second, True)):
+        if found := [row for row in rows if (items[row].group in shown) is inside]:
+            yield demonstrations, found
+
+
 def sample_demonstrations(
     groups: dict[str, list[Fact]], count: int, exclude: str | None, rng: random.Random, category: str = ""
 ) -> list[Fact]:
