@@ -1,15 +1,17 @@
 """The ASGI application: a literal table of routes over the collaborators that it is given. No globals, no torch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server import errors
 from server.access import AccessMiddleware
-from server.auth import Keyring
+from server.auth import Keyring, require_admin, require_inference
 from server.routes import artifacts, generation, health, models
 from server.routes.context import Context
 
@@ -49,13 +51,23 @@ ROUTES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 )
 
 
+GUARDS = {PUBLIC: [], INFERENCE: [Depends(require_inference)], ADMIN: [Depends(require_admin)]}
+
+
 def create_app(context: Context, keyring: Keyring) -> FastAPI:
     app = FastAPI(title="Deltaworks", openapi_url=None, redirect_slashes=False)
     app.state.context = context
-    guards = {PUBLIC: [], INFERENCE: [Depends(keyring.require_inference)], ADMIN: [Depends(keyring.require_admin)]}
-    for access, method, path, handler in ROUTES:
-        app.add_api_route(path, handler, methods=[method], dependencies=guards[access], response_model=None)
+    app.state.keyring = keyring
+    app.router.routes.extend(_routes())
     for kind in (*errors.TABLE, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, errors.answer)
     app.add_middleware(AccessMiddleware, telemetry=context.telemetry)
     return app
+
+
+@functools.cache  # the handlers' signatures are read once, not per application: they know no application
+def _routes() -> tuple[APIRoute, ...]:
+    return tuple(
+        APIRoute(path, handler, methods=[method], dependencies=GUARDS[access], response_model=None)
+        for access, method, path, handler in ROUTES
+    )

@@ -36,18 +36,18 @@ class Caller:
 
 
 class Keyring:
-    """The configured keys as hashes; its methods are FastAPI dependencies."""
+    """The configured keys as hashes."""
 
     def __init__(self, api_keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         self._api = [_digest(key) for key in api_keys]
         self._admin = [_digest(key) for key in admin_keys]
 
-    async def require_inference(self, request: Request) -> None:
+    def require_inference(self, request: Request) -> None:
         """Raises MissingKey, InvalidKey. Without configured API keys everybody may infer."""
         if self._api:
             self._admit(request)
 
-    async def require_admin(self, request: Request) -> None:
+    def require_admin(self, request: Request) -> None:
         """Raises AdminDisabled, MissingKey, InvalidKey, InsufficientScope."""
         if not self._admin:
             raise AdminDisabled("no admin key is configured: set auth.admin_keys or --admin-key-file")
@@ -67,6 +67,18 @@ class Keyring:
         caller = Caller(digest.hex()[:8], admin)
         Exchange.of(request.scope).key_id = caller.key_id
         return caller
+
+
+async def require_inference(request: Request) -> None:
+    """The guard of the inference routes, as a FastAPI dependency."""
+    keyring: Keyring = request.app.state.keyring
+    keyring.require_inference(request)
+
+
+async def require_admin(request: Request) -> None:
+    """The guard of the admin routes, as a FastAPI dependency."""
+    keyring: Keyring = request.app.state.keyring
+    keyring.require_admin(request)
 
 
 def _digest(key: str) -> bytes:
