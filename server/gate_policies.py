@@ -8,7 +8,7 @@ from typing import Any
 
 from server.artifacts.registry import Registry
 from server.artifacts.versions import PolicyVersion
-from steering.gate_policy import Policy, read_policy
+from steering.gate.policy import Policy, read_policy
 
 
 @dataclass(frozen=True)

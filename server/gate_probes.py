@@ -1,4 +1,4 @@
-"""The gate's probes on the engine: the request's own model, delta and cache salt, asked in the words of gate_signals.py.
+"""The gate's probes on the engine: the request's own model, delta and cache salt, asked in the words of gate/signals.py.
 
 Every probe is rows of the engine like any other; leaving one, late or because the client is gone, aborts its rows.
 """
@@ -15,7 +15,7 @@ from server.engine.base import Engine, EngineDeadError, EngineDelta, EngineEdit,
 from server.prompt import PromptRenderer
 from server.steering import Planner
 from steering.errors import SteeringError
-from steering.gate_signals import (
+from steering.gate.signals import (
     TOP_OF_ONE,
     Draft,
     Hidden,

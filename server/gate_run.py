@@ -20,7 +20,7 @@ from server.gate import Gate, GatePlan
 from server.gate_answer import Ask, Events, calls_of, draft_as_answer, replayed, to_discard, without_calls
 from server.gate_probes import Target
 from server.prompt import message_dict, tool_dict
-from steering.gate_policy import Policy
+from steering.gate.policy import Policy
 from steering.toolgate import Decision, GateRequest, NeedProbe, advance, start
 
 # Reasons that no answer and no probe could change.

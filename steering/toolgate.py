@@ -20,8 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from steering.gate_cascade import Cascade, Verdict, Walk, begin, observe
-from steering.gate_dialogue import (
+from steering.gate.cascade import Cascade, Verdict, Walk, begin, observe
+from steering.gate.dialogue import (
     Call,
     Dict,
     allowed_names,
@@ -32,10 +32,10 @@ from steering.gate_dialogue import (
     since_user,
     tool_name,
 )
-from steering.gate_features import GATEABLE, KINDS, static_features
-from steering.gate_policy import Policy, ProbeSettings, mismatch
-from steering.gate_rules import Budget, repeated_tools, spent_tools
-from steering.gate_signals import PROBE_OF, Draft, Probe, Signal
+from steering.gate.features import GATEABLE, KINDS, static_features
+from steering.gate.policy import Policy, ProbeSettings, mismatch
+from steering.gate.rules import Budget, repeated_tools, spent_tools
+from steering.gate.signals import PROBE_OF, Draft, Probe, Signal
 
 Action = Literal["allow", "suppress", "narrow", "require"]
 Reason = Literal[
@@ -130,7 +130,7 @@ class State:
 
 @dataclass(frozen=True)
 class NeedProbe:
-    """Run this probe (gate_signals.py says how each is asked) within `timeout_ms`, and `advance`."""
+    """Run this probe (gate/signals.py says how each is asked) within `timeout_ms`, and `advance`."""
 
     probe: Probe
     settings: ProbeSettings

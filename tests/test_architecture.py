@@ -22,7 +22,7 @@ LIGHT = (
     "server.app",
     "server.cli",
     *(f"compressors.{name}" for name in ("artifact", "fingerprint", "masks", "errors", "verify", "base", "cli")),
-    *(f"steering.{name}" for name in ("toolgate", "gate_fit", "gate_label", "gate_label_cli")),
+    *(f"steering.{name}" for name in ("toolgate", "gate.fit", "gate.label", "gate.label_cli")),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 VAGUE = {"utils", "util", "common", "helpers", "helper", "managers", "misc"}

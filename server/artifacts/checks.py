@@ -114,7 +114,7 @@ def policy_check(base_fingerprint: str) -> Check[PolicyVersion]:
     """A policy may be for any delta and any template: it is used for requests that have both."""
 
     def check(incoming: Incoming) -> PolicyVersion:
-        from steering.gate_policy import read_policy
+        from steering.gate.policy import read_policy
 
         with _path_untold(incoming.path):
             policy = read_policy(incoming.path)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steering.gate_answers import right
-from steering.gate_dialogue import proposed
-from steering.gate_endpoint import Endpoint, pointed
-from steering.gate_tasks import Task
-from steering.gate_tools import Toolbox
+from steering.gate.answers import right
+from steering.gate.dialogue import proposed
+from steering.gate.endpoint import Endpoint, pointed
+from steering.gate.tasks import Task
+from steering.gate.tools import Toolbox
 
 Mode = Literal["off", "observe", "enforce"]
 MODES: tuple[Mode, ...] = ("off", "observe", "enforce")

@@ -30,9 +30,9 @@ from server.bench.report import Measurement, machine, print_report, write_json
 from server.child import Child, ChildError, child_server
 from server.demo_calls import DemoError, expect
 from steering.errors import SteeringError
-from steering.gate_endpoint import Endpoint
-from steering.gate_tasks import Task, need_facts, read_facts, read_tasks
-from steering.gate_tools import Toolbox
+from steering.gate.endpoint import Endpoint
+from steering.gate.tasks import Task, need_facts, read_facts, read_tasks
+from steering.gate.tools import Toolbox
 
 NAME = "gate-bench"  # of the delta and of the policy
 _START_TIMEOUT_S = 600

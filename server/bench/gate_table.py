@@ -14,7 +14,7 @@ import numpy as np
 
 from server.bench.agent import Episode, Mode, Round
 from server.bench.report import Measurement
-from steering.gate_bounds import bootstrap_mean, mcnemar, upper_bound
+from steering.gate.bounds import bootstrap_mean, mcnemar, upper_bound
 
 DELTA = 0.05  # of the upper bounds: one-sided, at 95 %
 

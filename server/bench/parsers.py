@@ -21,7 +21,7 @@ from server.bench.report import Measurement, machine, print_report, write_json
 from server.toolcalls import PARSERS, fold
 from server.toolcalls.deltas import Delta
 from steering.errors import EndpointError
-from steering.gate_endpoint import Endpoint, pointed
+from steering.gate.endpoint import Endpoint, pointed
 
 Json = dict[str, Any]
 Calls = list[tuple[str, Json]]

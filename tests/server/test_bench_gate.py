@@ -14,10 +14,10 @@ from server.bench.gate_table import by_question, plain_rows, table
 from server.bench.report import Measurement
 from server.cli import main
 from steering.errors import EndpointError
-from steering.gate_bounds import upper_bound
-from steering.gate_endpoint import Endpoint
-from steering.gate_tasks import Task
-from steering.gate_tools import Toolbox
+from steering.gate.bounds import upper_bound
+from steering.gate.endpoint import Endpoint
+from steering.gate.tasks import Task
+from steering.gate.tools import Toolbox
 from tests.steering.chat_server import ChatServer, Json, serving
 
 CALCULATOR = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from steering.gate_signals import ptrue_messages
+from steering.gate.signals import ptrue_messages
 from tests.server.conftest import Said
 from tests.server.gate_bed import (
     CALL,

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from steering.gate_cli import add_parser
-from steering.gate_features import static_features
-from steering.gate_labels import LabelRow, Labels, read_labels
-from steering.gate_policy import Policy, read_policy
-from steering.gate_schema import parse
-from steering.gate_signals import Draft, PTrue, Samples
+from steering.gate.cli import add_parser
+from steering.gate.features import static_features
+from steering.gate.labels import LabelRow, Labels, read_labels
+from steering.gate.policy import Policy, read_policy
+from steering.gate.schema import parse
+from steering.gate.signals import Draft, PTrue, Samples
 from steering.toolgate import GateRequest, Served
 
 SERVED = Served("sha256:base", None, "f" * 64)

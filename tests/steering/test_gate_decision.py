@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from steering.gate_signals import Draft, Hidden, PTrue, Samples
+from steering.gate.signals import Draft, Hidden, PTrue, Samples
 from steering.toolgate import Decision, Failed, GateRequest, NeedProbe, Served, Step, advance, rewrite, start
 from tests.steering.gate_world import SERVED, asking, called, policy, stage, tool
 

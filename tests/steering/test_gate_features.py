@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from steering.gate_answers import as_number, cluster_key, final_answer, right
-from steering.gate_features import STATIC_FEATURES, static_features
-from steering.gate_signals import FEATURES, Draft, Hidden, Peek, PTrue, Samples, call_mass, ptrue_messages, yes_and_no
+from steering.gate.answers import as_number, cluster_key, final_answer, right
+from steering.gate.features import STATIC_FEATURES, static_features
+from steering.gate.signals import FEATURES, Draft, Hidden, Peek, PTrue, Samples, call_mass, ptrue_messages, yes_and_no
 from tests.steering.gate_world import called, tool
 
 

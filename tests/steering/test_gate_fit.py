@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from steering.errors import FitError, LabelError
-from steering.gate_cascade import raw_score, score_of
-from steering.gate_fit import FitSettings, Fitted, Identity, _thinned, fit
-from steering.gate_judge import harm_curve, judge
-from steering.gate_labels import Labels
-from steering.gate_models import fit_isotonic
-from steering.gate_stages import Plan, Splits
-from steering.gate_threshold import GRID
+from steering.gate.cascade import raw_score, score_of
+from steering.gate.fit import FitSettings, Fitted, Identity, _thinned, fit
+from steering.gate.judge import harm_curve, judge
+from steering.gate.labels import Labels
+from steering.gate.models import fit_isotonic
+from steering.gate.stages import Plan, Splits
+from steering.gate.threshold import GRID
 from tests.steering.gate_world import labels, policy, rows
 
 

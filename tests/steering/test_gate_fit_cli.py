@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steering.gate_policy import read_policy
+from steering.gate.policy import read_policy
 from tests.steering.gate_world import gate, rows, write_rows
 
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steering.gate_cascade import Cascade
-from steering.gate_fit import FitSettings, fit
-from steering.gate_labels import LabelRow
-from steering.gate_replay import reached, replay
-from steering.gate_signals import Draft, Samples
-from steering.gate_threshold import GRID, choose, curve
+from steering.gate.cascade import Cascade
+from steering.gate.fit import FitSettings, fit
+from steering.gate.labels import LabelRow
+from steering.gate.replay import reached, replay
+from steering.gate.signals import Draft, Samples
+from steering.gate.threshold import GRID, choose, curve
 from steering.toolgate import Decision, NeedProbe, advance, start
 from tests.steering.gate_world import asking, labels, policy, read_row, rows, stage
 

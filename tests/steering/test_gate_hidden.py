@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steering.gate_policy import ProbeSettings, read_policy
+from steering.gate.policy import ProbeSettings, read_policy
 from tests.steering.gate_world import gate, rows, write_rows
 
 PROFILE = "a" * 64

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from steering.errors import EndpointError, LabelError
-from steering.gate_endpoint import Endpoint, pointed
-from steering.gate_labels import LabelRow, read_labels
-from steering.gate_tasks import Task, read_facts, read_tasks
-from steering.gate_tools import Toolbox, calculated
+from steering.gate.endpoint import Endpoint, pointed
+from steering.gate.labels import LabelRow, read_labels
+from steering.gate.tasks import Task, read_facts, read_tasks
+from steering.gate.tools import Toolbox, calculated
 from tests.steering.chat_server import ChatServer, serving
 from tests.steering.gate_world import gate, tool
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from steering.errors import LabelError
-from steering.gate_labels import read_labels, row_line
+from steering.gate.labels import read_labels, row_line
 from tests.steering.gate_world import rows, write_rows
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.errors import FitError
-from steering.gate_bounds import (
+from steering.gate.bounds import (
     beta_cdf,
     beta_inv,
     bootstrap_mean,
@@ -18,9 +18,9 @@ from steering.gate_bounds import (
     upper_bound,
     wilson,
 )
-from steering.gate_cascade import calibrated, sigmoid
-from steering.gate_measures import auroc, bins_of, brier, ece, effective
-from steering.gate_models import fit_isotonic, fit_logistic
+from steering.gate.cascade import calibrated, sigmoid
+from steering.gate.measures import auroc, bins_of, brier, ece, effective
+from steering.gate.models import fit_isotonic, fit_logistic
 
 Array = np.ndarray[tuple[int], np.dtype[np.float64]]
 

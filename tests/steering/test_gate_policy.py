@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from steering.errors import PolicyError
-from steering.gate_policy import mismatch, policy_bytes, read_policy, write_policy
+from steering.gate.policy import mismatch, policy_bytes, read_policy, write_policy
 from tests.steering.gate_world import document, policy, stage
 
 

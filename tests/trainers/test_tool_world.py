@@ -13,8 +13,8 @@ from server.prompt import HuggingFaceTokenizer, PromptRenderer
 from server.schemas import ChatRequest
 from server.tool_template import shipped
 from server.tools import Toolbox
-from steering.gate_tasks import read_facts, read_tasks
-from steering.gate_tools import calculated
+from steering.gate.tasks import read_facts, read_tasks
+from steering.gate.tools import calculated
 from steering.matching import normalised
 from trainers.checks import tool_use
 from trainers.data import BUILDERS, load_split, tool_template

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
-from steering.gate_dialogue import Dict, calls_in, in_tool_loop, last_user_text, text_of, tool_name, tool_text
+from steering.gate.dialogue import Dict, calls_in, in_tool_loop, last_user_text, text_of, tool_name, tool_text
 
 Kind = Literal["lookup", "compute", "clarify", "state", "action", "unknown"]
 GateableKind = Literal["lookup", "compute"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from steering.gate_effects import Effects, Outcome, Quality, Rate
-from steering.gate_fit import Fitted
+from steering.gate.effects import Effects, Outcome, Quality, Rate
+from steering.gate.fit import Fitted
 
 
 def fitted_lines(fitted: Fitted) -> list[str]:

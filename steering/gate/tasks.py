@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from steering.errors import LabelError
-from steering.gate_dialogue import canonical, tool_name
-from steering.gate_features import GATEABLE, Kind
-from steering.gate_labels import read_lines
-from steering.gate_schema import Strict, near
+from steering.gate.dialogue import canonical, tool_name
+from steering.gate.features import GATEABLE, Kind
+from steering.gate.labels import read_lines
+from steering.gate.schema import Strict, near
 
 Executor = Literal["calculator", "lookup"]
 

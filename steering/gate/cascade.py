@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from steering.gate_policy import Policy, ProbeSettings, Stage
-from steering.gate_signals import Probe
+from steering.gate.policy import Policy, ProbeSettings, Stage
+from steering.gate.signals import Probe
 
 NEVER = math.inf
 

@@ -30,10 +30,10 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run(args: argparse.Namespace) -> int:
-    from steering.gate_judge import judge
-    from steering.gate_labels import read_labels
-    from steering.gate_policy import read_policy
-    from steering.gate_tables import effects_lines, quality_lines
+    from steering.gate.judge import judge
+    from steering.gate.labels import read_labels
+    from steering.gate.policy import read_policy
+    from steering.gate.tables import effects_lines, quality_lines
 
     judged = judge(read_policy(args.policy), read_labels(args.labels), args.r, args.delta)
     for warning in judged.warnings:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from steering.gate_bounds import upper_bound
+from steering.gate.bounds import upper_bound
 
 GRID: tuple[float, ...] = tuple(step / 100 for step in range(100, -1, -1))
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from steering.errors import FitError
-from steering.gate_cascade import NEVER, Cascade, Verdict, Walk, begin, observe
-from steering.gate_labels import LabelRow
-from steering.gate_measures import Array
-from steering.gate_threshold import GRID
+from steering.gate.cascade import NEVER, Cascade, Verdict, Walk, begin, observe
+from steering.gate.labels import LabelRow
+from steering.gate.measures import Array
+from steering.gate.threshold import GRID
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steering.errors import FitError
-from steering.gate_policy import Isotonic, Logistic
+from steering.gate.policy import Isotonic, Logistic
 
 Array = npt.NDArray[np.float64]
 

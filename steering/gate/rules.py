@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from steering.gate_dialogue import Call
-from steering.gate_features import GateableKind
+from steering.gate.dialogue import Call
+from steering.gate.features import GateableKind
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steering.gate_signals import PROBES
+from steering.gate.signals import PROBES
 from steering.options import reporting, words
 
 if TYPE_CHECKING:
-    from steering.gate_rollouts import Asking
-    from steering.gate_tasks import Task
+    from steering.gate.rollouts import Asking
+    from steering.gate.tasks import Task
 
 _EXAMPLE = """example:
   deltaworks gate label tasks.jsonl -o labels.jsonl --base-url http://localhost:8000/v1 --model tune \\
@@ -59,8 +59,8 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _run(args: argparse.Namespace) -> int:
     from steering.errors import LabelError
-    from steering.gate_label import done_ids
-    from steering.gate_tasks import need_facts, read_facts, read_tasks
+    from steering.gate.label import done_ids
+    from steering.gate.tasks import need_facts, read_facts, read_tasks
 
     tasks = read_tasks(args.tasks)
     if need_facts(tasks) and args.facts is None:
@@ -77,10 +77,10 @@ def _run(args: argparse.Namespace) -> int:
 async def _label(args: argparse.Namespace, asking: Asking, tasks: list[Task], facts: dict[str, str], done: int) -> None:
     from tqdm import tqdm
 
-    from steering.gate_endpoint import Endpoint
-    from steering.gate_label import label
-    from steering.gate_rollouts import Asker
-    from steering.gate_tools import Toolbox
+    from steering.gate.endpoint import Endpoint
+    from steering.gate.label import label
+    from steering.gate.rollouts import Asker
+    from steering.gate.tools import Toolbox
 
     key = args.api_key_file.read_text(encoding="utf-8").strip() if args.api_key_file else None
     with tqdm(total=done + len(tasks), initial=done, unit="task") as bar:
@@ -98,9 +98,9 @@ def _asking(args: argparse.Namespace) -> Asking:
     from pydantic import ValidationError
 
     from steering.errors import LabelError
-    from steering.gate_policy import ProbeSettings
-    from steering.gate_rollouts import Asking, Pointers
-    from steering.gate_schema import reason
+    from steering.gate.policy import ProbeSettings
+    from steering.gate.rollouts import Asking, Pointers
+    from steering.gate.schema import reason
 
     unknown = [name for name in args.skip if name not in PROBES]
     if unknown:

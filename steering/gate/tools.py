@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from steering.errors import EndpointError
-from steering.gate_endpoint import Endpoint
-from steering.gate_tasks import Task
+from steering.gate.endpoint import Endpoint
+from steering.gate.tasks import Task
 from steering.matching import normalised
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from steering.gate_bounds import Interval, bootstrap_mean, mcnemar, upper_bound, wilson
-from steering.gate_cascade import Verdict
-from steering.gate_measures import Array, auroc, brier, ece, effective
-from steering.gate_replay import Columns
+from steering.gate.bounds import Interval, bootstrap_mean, mcnemar, upper_bound, wilson
+from steering.gate.cascade import Verdict
+from steering.gate.measures import Array, auroc, brier, ece, effective
+from steering.gate.replay import Columns
 
 Mask = npt.NDArray[np.bool_]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steering.gate_cascade import NEVER, Cascade, Verdict
-from steering.gate_effects import Effects, effects
-from steering.gate_labels import LabelRow, Labels, same_model, same_settings
-from steering.gate_policy import Policy
-from steering.gate_replay import Columns, reached, replay_all, with_gateable_tools
-from steering.gate_threshold import Point, curve
+from steering.gate.cascade import NEVER, Cascade, Verdict
+from steering.gate.effects import Effects, effects
+from steering.gate.labels import LabelRow, Labels, same_model, same_settings
+from steering.gate.policy import Policy
+from steering.gate.replay import Columns, reached, replay_all, with_gateable_tools
+from steering.gate.threshold import Point, curve
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from steering.errors import SteeringError
-from steering.gate_bounds import wilson
-from steering.gate_measures import Array, bins_of
-from steering.gate_threshold import Point
+from steering.gate.bounds import wilson
+from steering.gate.measures import Array, bins_of
+from steering.gate.threshold import Point
 
 
 def reliability(s: Array, y: Array, w: Array, path: Path) -> None:

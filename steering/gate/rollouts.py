@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steering.gate_answers import right
-from steering.gate_dialogue import proposed
-from steering.gate_endpoint import Answer, Endpoint, pointed
-from steering.gate_features import static_features
-from steering.gate_labels import LabelModel, LabelRow
-from steering.gate_policy import ProbeSettings
-from steering.gate_signals import (
+from steering.gate.answers import right
+from steering.gate.dialogue import proposed
+from steering.gate.endpoint import Answer, Endpoint, pointed
+from steering.gate.features import static_features
+from steering.gate.labels import LabelModel, LabelRow
+from steering.gate.policy import ProbeSettings
+from steering.gate.signals import (
     PROBE_OF,
     TOP_OF_ONE,
     Draft,
@@ -30,8 +30,8 @@ from steering.gate_signals import (
     ptrue_messages,
     yes_and_no,
 )
-from steering.gate_tasks import Task
-from steering.gate_tools import Toolbox
+from steering.gate.tasks import Task
+from steering.gate.tools import Toolbox
 
 
 @dataclass(frozen=True)

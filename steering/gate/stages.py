@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from steering.errors import FitError
-from steering.gate_cascade import raw_score, score_of
-from steering.gate_labels import LabelRow
-from steering.gate_models import fit_isotonic, fit_logistic
-from steering.gate_policy import Feature, Isotonic, Stage
-from steering.gate_replay import Columns
-from steering.gate_signals import FEATURES, Probe, StageName
+from steering.gate.cascade import raw_score, score_of
+from steering.gate.labels import LabelRow
+from steering.gate.models import fit_isotonic, fit_logistic
+from steering.gate.policy import Feature, Isotonic, Stage
+from steering.gate.replay import Columns
+from steering.gate.signals import FEATURES, Probe, StageName
 
 BY_COST: tuple[Probe, ...] = ("peek", "hidden", "draft", "ptrue", "samples")
 LEAST = 10  # rows of each class that reach a stage after the first, so that it can be calibrated

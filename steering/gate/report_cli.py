@@ -28,11 +28,11 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _run(args: argparse.Namespace) -> int:
-    from steering.gate_effects import scored
-    from steering.gate_judge import harm_curve, judge
-    from steering.gate_labels import read_labels
-    from steering.gate_plots import reliability, risk_coverage
-    from steering.gate_policy import read_policy
+    from steering.gate.effects import scored
+    from steering.gate.judge import harm_curve, judge
+    from steering.gate.labels import read_labels
+    from steering.gate.plots import reliability, risk_coverage
+    from steering.gate.policy import read_policy
 
     policy = read_policy(args.policy)
     judged = judge(policy, read_labels(args.labels), args.r, args.delta)

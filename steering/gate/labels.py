@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from steering.errors import LabelError
-from steering.gate_features import GATEABLE, Kind
-from steering.gate_policy import Count, ProbeSettings, Share, canonical_json
-from steering.gate_schema import ModelT, Strict, near, parse
-from steering.gate_signals import FEATURES, Probe, StageName
+from steering.gate.features import GATEABLE, Kind
+from steering.gate.policy import Count, ProbeSettings, Share, canonical_json
+from steering.gate.schema import ModelT, Strict, near, parse
+from steering.gate.signals import FEATURES, Probe, StageName
 
 
 class LabelModel(Strict):

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from steering.errors import LabelError
-from steering.gate_labels import read_labels, row_line
-from steering.gate_rollouts import Asker, Asking
-from steering.gate_tasks import Task
+from steering.gate.labels import read_labels, row_line
+from steering.gate.rollouts import Asker, Asking
+from steering.gate.tasks import Task
 
 
 def done_ids(path: Path, asking: Asking) -> set[str]:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from steering.gate_policy import Placement, SuppressMode
-from steering.gate_signals import STAGES
+from steering.gate.policy import Placement, SuppressMode
+from steering.gate.signals import STAGES
 from steering.options import numbers, reporting, words
 
 _EXAMPLE = """example:
@@ -70,11 +70,11 @@ def _run(args: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from steering.errors import FitError
-    from steering.gate_fit import FitSettings, Identity, fit
-    from steering.gate_labels import read_labels
-    from steering.gate_policy import write_policy
-    from steering.gate_schema import reason
-    from steering.gate_tables import fitted_lines
+    from steering.gate.fit import FitSettings, Identity, fit
+    from steering.gate.labels import read_labels
+    from steering.gate.policy import write_policy
+    from steering.gate.schema import reason
+    from steering.gate.tables import fitted_lines
 
     settings = FitSettings(
         r=args.r,

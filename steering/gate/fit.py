@@ -17,12 +17,12 @@ from glob import escape
 import numpy as np
 
 from steering.errors import FitError, LabelError
-from steering.gate_bounds import fewest_rows
-from steering.gate_cascade import NEVER, Cascade, score_of
-from steering.gate_effects import Effects, Quality, effects, quality
-from steering.gate_features import GATEABLE, GateableKind, Kind
-from steering.gate_labels import LabelRow, Labels, same_model, same_settings
-from steering.gate_policy import (
+from steering.gate.bounds import fewest_rows
+from steering.gate.cascade import NEVER, Cascade, score_of
+from steering.gate.effects import Effects, Quality, effects, quality
+from steering.gate.features import GATEABLE, GateableKind, Kind
+from steering.gate.labels import LabelRow, Labels, same_model, same_settings
+from steering.gate.policy import (
     Binding,
     Evaluation,
     Placement,
@@ -34,10 +34,10 @@ from steering.gate_policy import (
     Thresholds,
     ToolRule,
 )
-from steering.gate_replay import Columns, reached, replay_all, with_gateable_tools
-from steering.gate_signals import StageName
-from steering.gate_stages import BY_COST, LEAST, Plan, Splits, fit_stages, staying, values_of
-from steering.gate_threshold import Point, choose, curve
+from steering.gate.replay import Columns, reached, replay_all, with_gateable_tools
+from steering.gate.signals import StageName
+from steering.gate.stages import BY_COST, LEAST, Plan, Splits, fit_stages, staying, values_of
+from steering.gate.threshold import Point, choose, curve
 
 _FEW = 30  # rows of a class in a split, below which a warning is given
 

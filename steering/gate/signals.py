@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from steering.gate_answers import cluster_key
-from steering.gate_features import STATIC_FEATURES
+from steering.gate.answers import cluster_key
+from steering.gate.features import STATIC_FEATURES
 
 Probe = Literal["peek", "draft", "samples", "ptrue", "hidden"]
 StageName = Literal["static", Probe]

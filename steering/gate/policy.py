@@ -16,9 +16,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from steering.errors import PolicyError
-from steering.gate_features import GATEABLE, GateableKind, Kind
-from steering.gate_schema import Strict, near, parse
-from steering.gate_signals import FEATURES, STAGES, Probe, StageName
+from steering.gate.features import GATEABLE, GateableKind, Kind
+from steering.gate.schema import Strict, near, parse
+from steering.gate.signals import FEATURES, STAGES, Probe, StageName
 
 SuppressMode = Literal["drop_tools", "tool_choice_none", "answer_from_draft"]
 Placement = Literal["pre", "post"]
