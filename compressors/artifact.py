@@ -10,7 +10,7 @@ digests in the records every byte of the file is covered. The arrays of the reco
 | impart | coef f32 [r]; keep_u, keep_v i32 [r]; u_vals, v_vals: kept values, column after column, ascending row |
 | lowrank | a [r, in], b [out, r] |
 | raw | delta, in the parameter's shape |
-| rows | row_idx i32 [t], row_delta [t, width]; rows past the base's last one are new rows, stored whole |
+| rows | row_idx i32 [t], row_delta [t, width]; int8 has row_scale f32 [t] too; rows past the base's last are new ones, whole |
 """
 
 from __future__ import annotations

@@ -77,6 +77,12 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.add_argument(
         "--value-dtype", choices=["int8", "fp16", "bf16"], default="int8", help="(default: %(default)s)"
     )
+    compress.add_argument(
+        "--rows-dtype",
+        choices=["int8", "fp16"],
+        default="int8",
+        help="of changed vocabulary rows; int8 has a scale per row (default: %(default)s)",
+    )
     compress.add_argument("--rescale", choices=["exact", "released"], default="exact", help="(default: %(default)s)")
     compress.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     compress.add_argument("--method", choices=["impart"], default="impart", help="(default: %(default)s)")
@@ -111,6 +117,7 @@ def _compress(args: argparse.Namespace) -> int:
         c=args.c,
         rule=args.rule,
         value_dtype=args.value_dtype,
+        rows_dtype=args.rows_dtype,
         rescale=args.rescale,
         seed=args.seed,
     )

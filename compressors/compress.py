@@ -77,7 +77,7 @@ def _tasks(old: Checkpoint, new: Checkpoint, config: ImPartConfig) -> list[Task]
         elif parts := projection_parts(name, new.shape(name), old.config):
             tasks += [partial(_projection, old, new, name, part, config) for part in parts]
         else:
-            tasks.append(partial(_other, old, new, name))
+            tasks.append(partial(_other, old, new, name, config.rows_dtype))
     return tasks
 
 
@@ -86,12 +86,13 @@ def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, config:
     return encode_projection(part.name, delta, config)
 
 
-def _other(old: Checkpoint, new: Checkpoint, name: str) -> Encoded:
+def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtype: str) -> Encoded:
     before, after = old.tensor(name), new.tensor(name)
     if not new.is_floating(name) and torch.equal(before, after):  # a table of positions, or the like
         return Encoded(name, "zero", tuple(after.shape))
-    encode = encode_rows if is_embedding(name) else encode_raw
-    return encode(name, old.finite(name), new.finite(name))
+    if is_embedding(name):
+        return encode_rows(name, old.finite(name), new.finite(name), rows_dtype)
+    return encode_raw(name, old.finite(name), new.finite(name))
 
 
 def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:

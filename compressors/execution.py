@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compressors.artifact import Artifact, Manifest, Record
+from compressors.artifact import Artifact, Record
 from compressors.errors import ArtifactError
 from compressors.masks import column_keys, factor_rows, layer_seed
 
@@ -80,7 +80,7 @@ class _Columns:
 
 
 def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource = factor_rows) -> SparseFactor:
-    """Execution form of the record `name` ("impart" or "lowrank") of an artifact.
+    """Execution form of the record `name` ("impart", "lowrank" or the "raw" of a matrix) of an artifact.
 
     Raises ArtifactError for a record of another kind.
     """
@@ -89,9 +89,11 @@ def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource
         u, v, coef = _impart_columns(artifact, name, record, masks)
     elif record.kind == "lowrank":
         u, v, coef = _lowrank_columns(artifact, name)
+    elif record.kind == "raw" and len(record.shape) == 2:
+        u, v, coef = _raw_columns(artifact, name)
     else:
         raise ArtifactError(
-            f"{name} is stored as {record.kind!r}; only projections (impart, lowrank) have sparse factors"
+            f"{name} is stored as {record.kind!r}; only the matrices of projections have sparse factors"
         )
     u, v = u.within(*shard.out_range), v.within(*shard.in_range)
     rows = max(shard.out_range[1] - shard.out_range[0], shard.in_range[1] - shard.in_range[0])
@@ -108,9 +110,25 @@ def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource
     )
 
 
-def unservable(manifest: Manifest) -> list[str]:
-    """Names of records that change the model outside its linear projections: embeddings, head, norms, biases."""
-    return [name for name, record in manifest.tensors.items() if record.kind not in ("zero", "impart", "lowrank")]
+def outside_projections(record: Record) -> bool:
+    """Whether a record changes the model outside its linear projections: a vocabulary table, a norm or a bias."""
+    return record.kind == "rows" or (record.kind == "raw" and len(record.shape) == 1)
+
+
+def changed_rows(
+    artifact: Artifact, name: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+    """A "rows" record in memory of its own: index int64 [t], values [t, width] (int8, fp16 or fp32), and for int8 a scale [t]."""
+    index = artifact.array(f"{name}::row_idx").astype(np.int64)
+    values = artifact.array(f"{name}::row_delta")
+    if f"{name}::row_scale" in artifact.slots:
+        return index, values.copy(), artifact.array(f"{name}::row_scale").copy()
+    return index, _decoded(values)[0] if values.dtype == np.uint16 else values.copy(), None
+
+
+def raw_delta(artifact: Artifact, name: str) -> npt.NDArray[np.float32]:
+    """A "raw" record as fp32, in its own shape and memory."""
+    return _decoded(artifact.array(f"{name}::delta"))[0].copy()
 
 
 def _impart_columns(
@@ -136,6 +154,15 @@ def _lowrank_columns(artifact: Artifact, name: str) -> tuple[_Columns, _Columns,
         start = np.arange(rank + 1, dtype=np.int64) * matrix.shape[1]
         columns.append(_Columns(start, np.tile(np.arange(matrix.shape[1]), rank), values, exact))
     return columns[0], columns[1], np.ones(rank, dtype=np.float32)
+
+
+def _raw_columns(artifact: Artifact, name: str) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
+    """A dense delta [m, n] is itself times the identity: U holds its columns, V one 1 in each."""
+    values, exact = _decoded(np.ascontiguousarray(artifact.array(f"{name}::delta").T).reshape(-1))
+    rows, rank = artifact.records[name].shape
+    u = _Columns(np.arange(rank + 1, dtype=np.int64) * rows, np.tile(np.arange(rows), rank), values, exact)
+    ones = np.ones(rank, dtype=np.float32)
+    return u, _Columns(np.arange(rank + 1, dtype=np.int64), np.arange(rank), ones, True), ones
 
 
 def _decoded(stored: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.float32], bool]:

@@ -214,6 +214,7 @@ class ImPartConfig:
     value_dtype: str = "int8"
     rescale: str = "exact"
     seed: int = 0
+    rows_dtype: str = "int8"  # of changed vocabulary rows
 
     def __post_init__(self) -> None:
         """Raises BudgetError naming the setting."""
@@ -222,6 +223,8 @@ class ImPartConfig:
             raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
         if self.value_dtype not in ("fp16", "bf16", "int8"):
             raise BudgetError(f"unknown value dtype {self.value_dtype!r}; one of fp16, bf16, int8")
+        if self.rows_dtype not in ("int8", "fp16"):
+            raise BudgetError(f"unknown rows dtype {self.rows_dtype!r}; one of int8, fp16")
         if self.rescale not in ("exact", "released"):
             raise BudgetError(f"unknown rescale {self.rescale!r}; one of exact, released")
         if not 0 <= self.seed < 1 << 64:

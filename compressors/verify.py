@@ -124,7 +124,7 @@ def _part_values(records: Mapping[str, Record]) -> dict[str, int]:
 
 
 def _check_keys(artifact: Artifact) -> None:
-    expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _ARRAYS[record.kind]}
+    expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _keys(record)}
     missing, extra = expected - set(artifact.slots), set(artifact.slots) - expected
     if missing:
         raise ArtifactError(f"the array {min(missing)} is missing ({len(missing)} arrays)")
@@ -132,10 +132,16 @@ def _check_keys(artifact: Artifact) -> None:
         raise ArtifactError(f"the array {min(extra)} belongs to no record ({len(extra)} arrays)")
 
 
+def _keys(record: Record) -> tuple[str, ...]:
+    """Arrays of a record; rows in int8 have a scale beside them."""
+    scaled = record.kind == "rows" and "row_scale" in record.sha256
+    return (*_ARRAYS[record.kind], "row_scale") if scaled else _ARRAYS[record.kind]
+
+
 def _check_record(artifact: Artifact, name: str, record: Record) -> None:
     if any(extent < 1 for extent in record.shape) or not record.shape:
         raise ArtifactError(f"{name}: shape {list(record.shape)} has no elements")
-    for key in _ARRAYS[record.kind]:
+    for key in _keys(record):
         array = artifact.array(f"{name}::{key}")
         if hashlib.sha256(array.tobytes()).hexdigest() != record.sha256.get(key):
             raise ArtifactError(f"{name}: the bytes of {key} do not match their digest; the file is damaged")
@@ -174,7 +180,10 @@ def _check_lowrank(artifact: Artifact, name: str, record: Record) -> None:
 def _check_rows(artifact: Artifact, name: str, record: Record) -> None:
     index = artifact.array(f"{name}::row_idx")
     _expect(artifact, f"{name}::row_idx", (len(index),), ("I32",))
-    _expect(artifact, f"{name}::row_delta", (len(index), *record.shape[1:]), _FLOAT_SLOTS)
+    scaled = "row_scale" in record.sha256
+    _expect(artifact, f"{name}::row_delta", (len(index), *record.shape[1:]), ("I8",) if scaled else _FLOAT_SLOTS)
+    if scaled:
+        _expect(artifact, f"{name}::row_scale", (len(index),), ("F32",))
     if len(index) and (index[0] < 0 or index[-1] >= record.shape[0] or (np.diff(index) <= 0).any()):
         raise ArtifactError(f"{name}: row_idx must rise strictly within 0..{record.shape[0] - 1}")
 

@@ -9,6 +9,7 @@ import torch
 from compressors.artifact import Artifact
 from compressors.compress import compress
 from compressors.decompress import decompress, delta_tensor
+from compressors.encode import encode_rows
 from compressors.errors import BaseMismatchError, BudgetError, CheckpointError
 from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
 from compressors.inspect import summary
@@ -186,7 +187,8 @@ def test_norms_are_stored_whole_and_embeddings_by_changed_row(checkpoint, tmp_pa
     assert kinds["model.embed_tokens.weight"] == "rows"
     with Artifact.open(tmp_path / "d.safetensors") as artifact:
         assert artifact.array("model.embed_tokens.weight::row_idx").tolist() == [7, 40, 41]
-        assert artifact.array("model.embed_tokens.weight::row_delta")[1:].tolist() == [[1.0] * 48] * 2
+        rows = delta_tensor(artifact, "model.embed_tokens.weight")[[7, 40, 41]]
+        assert torch.allclose(rows, torch.tensor([[0.5], [1.0], [1.0]]).expand(3, 48), atol=1e-6)
         assert delta_tensor(artifact, "model.norm.weight").tolist() == [0.25] * 48
         assert artifact.manifest.tokenizer.vocab_size == 42
     decompress(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "merged", dtype="fp32")
@@ -334,3 +336,28 @@ def test_a_broken_fine_tune_is_refused_by_name_and_leaves_nothing(checkpoint, tm
     with pytest.raises(CheckpointError, match=word):
         compress(base, broken, tmp_path / "d.safetensors", RATIO_4)
     assert not list(tmp_path.glob("*.safetensors")) + list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("rows_dtype", "stored", "error"), [("int8", "I8", 0.01), ("fp16", "F16", 1e-3)])
+def test_changed_rows_are_stored_as_asked_and_counted(checkpoint, tmp_path, rows_dtype, stored, error):
+    tuned = base_tensors()
+    change = torch.zeros(40, 48)
+    change[[3, 17, 39]] = 0.01 * torch.randn(3, 48, generator=torch.Generator().manual_seed(5))
+    tuned["model.embed_tokens.weight"] += change
+    config = ImPartConfig(rows_dtype=rows_dtype)
+    base = checkpoint("base", base_tensors())
+    compress(base, checkpoint("tuned", tuned), tmp_path / "d.safetensors", config)
+    verify(tmp_path / "d.safetensors")
+    with Artifact.open(tmp_path / "d.safetensors") as artifact:
+        assert artifact.slots["model.embed_tokens.weight::row_delta"].dtype == stored
+        found = delta_tensor(artifact, "model.embed_tokens.weight")
+    assert (found - change).norm() <= error * change.norm()
+    assert (found.any(1).nonzero()[:, 0] == torch.tensor([3, 17, 39])).all()
+
+
+def test_rows_with_outliers_are_not_crushed_to_int8():
+    before, after = torch.zeros(4, 2048), torch.full((4, 2048), 0.01)
+    after[:, 0] = 1.0
+    encoded = encode_rows("model.embed_tokens.weight", before, after)
+    assert encoded.arrays.keys() == {"row_idx", "row_delta"}
+    assert torch.allclose(torch.from_numpy(encoded.arrays["row_delta"]).float(), after, rtol=1e-3)

@@ -48,7 +48,7 @@ def fine_tune(base: Path, folder: Path, seed: int) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "self_attn" in name or "mlp" in name:
+            if weight.dim() == 2 and ("self_attn" in name or "mlp" in name):
                 spikes = torch.randn(weight.shape[0], 6, generator=generator) @ torch.randn(
                     6, weight.shape[1], generator=generator
                 )

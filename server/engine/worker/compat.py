@@ -54,6 +54,15 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.list_adapters"),
     Touched("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.remove_all_adapters"),
     Touched("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.supports_tower_connector_lora"),
+    # What a fine-tune changes outside its projections.
+    Touched("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding.forward", ("input_",)),
+    Touched("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    Touched(
+        "vllm.model_executor.layers.logits_processor",
+        "LogitsProcessor._apply_head",
+        ("lm_head", "hidden_states", "embedding_bias"),
+    ),
+    Touched("vllm.model_executor.layers.layernorm", "LayerNorm.forward_native", ("x",)),
     Touched("vllm.lora.layers", "LoRAMapping", ("index_mapping", "prompt_mapping")),
     Touched("vllm.lora.request", "LoRARequest"),
     # The V2 runner (GPU) reaches the manager through the same mixin.

@@ -17,13 +17,14 @@ import torch
 
 from compressors.artifact import Artifact
 from compressors.errors import DeltaError
-from compressors.execution import MaskSource, SparseFactor, native_masks, sparse_factor, unservable
+from compressors.execution import MaskSource, SparseFactor, native_masks, outside_projections, sparse_factor
 from compressors.kernels.build import KernelUnavailableError
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.kernels.torch_csr import TorchCsr
 from compressors.masks import factor_rows
 from server.engine.worker.edits import EditPlane
 from server.engine.worker.linear import DeltaState, Kernel, op_library, wrap_linears
+from server.engine.worker.outside import OutsidePlane, Prepared
 from server.engine.worker.placement import Placement, PlacementError
 from server.engine.worker.plan import Planner
 
@@ -60,6 +61,7 @@ class DeltaManager:
         wrapped = wrap_linears(model, self._state, context)
         self._linears = {name: linear for name, (_, linear) in wrapped.items()}
         self._placement = Placement(model, {name: module for name, (module, _) in wrapped.items()})
+        self._outside = OutsidePlane(model, self._placement, context, self._device)
         self.edits = EditPlane.create(model, vllm_config, self._device)
         logger.info("delta plane: %d linears, kernel %s", len(wrapped), self._state.kernel.name)
         return model
@@ -86,8 +88,10 @@ class DeltaManager:
             return False
         started = time.perf_counter()
         kernel = self._state.kernel
-        nbytes = 0
-        for name, factors in self._load(Path(lora_request.lora_path), lora_request.lora_name).items():
+        loaded, outside = self._load(Path(lora_request.lora_path), lora_request.lora_name)
+        nbytes = outside.nbytes
+        self._outside.install(adapter, outside)
+        for name, factors in loaded.items():
             prepared = kernel.prepare(factors)
             nbytes += kernel.nbytes(prepared)
             self._linears[name].resident[adapter] = prepared
@@ -98,29 +102,27 @@ class DeltaManager:
         )
         return True
 
-    def _load(self, path: Path, digest: str) -> dict[str, list[SparseFactor]]:
+    def _load(self, path: Path, digest: str) -> tuple[dict[str, list[SparseFactor]], Prepared]:
         loaded: dict[str, list[SparseFactor]] = {}
         try:
             with Artifact.open(path) as artifact:
-                if outside := unservable(artifact.manifest):
-                    raise DeltaUnavailableError(
-                        f"delta {digest:.12} changes {outside[0]}, which this engine does not serve yet"
-                    )
+                outside = self._outside.prepare(artifact)
                 for name, record in artifact.records.items():
-                    if record.kind == "zero":
+                    if record.kind == "zero" or outside_projections(record):
                         continue
                     place = self._placement.place(name, (record.shape[0], record.shape[1]))
                     factor = sparse_factor(artifact, name, place.shard, self._masks)
                     loaded.setdefault(place.linear, []).append(factor)
         except (OSError, DeltaError, PlacementError) as error:
             raise DeltaUnavailableError(f"delta {digest:.12} cannot be loaded: {error}") from error
-        return loaded
+        return loaded, outside
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Drop a delta from memory; False when it was not resident."""
         if self._resident_bytes.pop(adapter_id, None) is None:
             return False
         self._forget_plans()
+        self._outside.remove(adapter_id)
         for linear in self._linears.values():
             linear.resident.pop(adapter_id, None)
         return True
@@ -153,10 +155,12 @@ class DeltaManager:
                 raise DeltaUnavailableError(f"delta {request.lora_name:.12} was scheduled but is not resident")
         if mapping is not None:
             self._state.plan = self._planner.plan(mapping.index_mapping)
+            self._outside.begin(self._state.plan, mapping.prompt_mapping)
 
     def _forget_plans(self) -> None:
         self._state.plan = None
         self._planner.forget()
+        self._outside.forget()
         for linear in self._linears.values():
             linear.forget()
 

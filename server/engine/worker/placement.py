@@ -40,7 +40,7 @@ class Placement:
     def place(self, name: str, shape: tuple[int, int]) -> Place:
         """Place of the weight `name` [out, in]; a suffix `#i` names part i of a weight that the checkpoint stores fused."""
         weight, _, part = name.partition("#")
-        module = self._module_name(weight.removesuffix(".weight"))
+        module = self.module_name(weight)
         index: int | None = int(part) if part else None
         if module not in self._linears:
             parent, _, leaf = module.rpartition(".")
@@ -55,8 +55,10 @@ class Placement:
             raise PlacementError(f"{name}: the delta has shape {list(shape)}, too small for the served layer {module}")
         return Place(module, shard)
 
-    def _module_name(self, name: str) -> str:
-        return name if self._mapper is None else self._mapper._map_name(name)
+    def module_name(self, parameter: str) -> str:
+        """Name of the served module that holds a parameter of the checkpoint, were it not fused."""
+        name = parameter.removesuffix(".weight").removesuffix(".bias")
+        return name if self._mapper is None else str(self._mapper._map_name(name))
 
 
 def _shard(linear: LinearBase, index: int | None, shape: tuple[int, int]) -> Shard:
