@@ -1,4 +1,4 @@
-"""`deltaworks delta compress | inspect | verify | decompress`."""
+"""`deltaworks delta compress | import | inspect | verify | decompress`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compressors.errors import DeltaError
 _EXAMPLES = """examples:
   deltaworks delta compress default runs/json/model -o json.safetensors
   deltaworks delta compress /models/llama-3-8b /models/my-tune -o tune.safetensors --ratio 16 --value-dtype fp16
+  deltaworks delta import my-lora/ -o lora.safetensors --base default
   deltaworks delta inspect json.safetensors
   deltaworks delta verify json.safetensors --base default
   deltaworks delta decompress json.safetensors --base default -o merged/
@@ -30,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     actions = delta.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_compress(actions)
+    _add_import(actions)
     inspect = actions.add_parser("inspect", help="print what a delta holds and its three compression ratios")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -90,6 +92,23 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.set_defaults(run=_reporting(_compress))
 
 
+def _add_import(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    lora = actions.add_parser("import", help="turn a PEFT LoRA folder into a delta file, without loss")
+    lora.add_argument(
+        "folder", metavar="LORA_FOLDER", type=Path, help="with adapter_config.json and adapter_model.safetensors"
+    )
+    lora.add_argument("--base", required=True, help="model folder that the LoRA was trained on, or `default`")
+    lora.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
+    lora.add_argument(
+        "--rows-dtype",
+        choices=["int8", "fp16"],
+        default="fp16",
+        help="of vocabulary tables in modules_to_save (default: %(default)s)",
+    )
+    lora.add_argument("--name", help="the base's name in the manifest, for people (default: the folder's)")
+    lora.set_defaults(run=_reporting(_import))
+
+
 def _reporting(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         try:
@@ -122,6 +141,18 @@ def _compress(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     METHODS[args.method](resolve_base(args.base), args.fine_tune, args.out, config, args.name, True)
+    with Artifact.open(args.out) as artifact:
+        print(text(summary(artifact)))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from compressors.artifact import Artifact
+    from compressors.base import resolve_base
+    from compressors.inspect import summary, text
+    from compressors.peft import import_lora
+
+    import_lora(args.folder, resolve_base(args.base), args.out, args.name, args.rows_dtype, progress=True)
     with Artifact.open(args.out) as artifact:
         print(text(summary(artifact)))
     return 0

@@ -45,7 +45,7 @@ def compress(
         with one_thread_per_operation() as workers:
             done = _in_order(tasks, workers)
             for encoded in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
-                records[encoded.name] = _store(writer, encoded)
+                records[encoded.name] = store(writer, encoded)
                 tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
         manifest = Manifest(
             method="impart",
@@ -111,7 +111,8 @@ def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:
                 future.cancel()
 
 
-def _store(writer: ArtifactWriter, encoded: Encoded) -> Record:
+def store(writer: ArtifactWriter, encoded: Encoded) -> Record:
+    """Append the arrays of `encoded`; its record."""
     digests = {
         key: writer.add(f"{encoded.name}::{key}", array, bf16=array.dtype == np.uint16)
         for key, array in encoded.arrays.items()

@@ -42,10 +42,10 @@ def delta_tensor(artifact: Artifact, name: str) -> torch.Tensor:
         return _floats(artifact, f"{name}::b") @ _floats(artifact, f"{name}::a")
     if record.kind == "rows":
         dense = torch.zeros(record.shape)
-        rows = _floats(artifact, f"{name}::row_delta")
+        changed = _floats(artifact, f"{name}::row_delta")
         if f"{name}::row_scale" in artifact.slots:
-            rows *= _floats(artifact, f"{name}::row_scale")[:, None]
-        dense[torch.from_numpy(artifact.array(f"{name}::row_idx").astype(np.int64))] = rows
+            changed *= _floats(artifact, f"{name}::row_scale")[:, None]
+        dense[torch.from_numpy(artifact.array(f"{name}::row_idx").astype(np.int64))] = changed
         return dense
     seed = layer_seed(artifact.manifest.seed, name)
     factors = []

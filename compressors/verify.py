@@ -15,7 +15,7 @@ from compressors.artifact import Array, Artifact, Manifest, Record
 from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
 from compressors.layout import is_buffer, stored_name
 
-KNOWN_METHODS = ("impart",)
+KNOWN_METHODS = ("impart", "lora")
 _ARRAYS = {
     "zero": (),
     "impart": ("coef", "keep_u", "keep_v", "u_vals", "v_vals"),
