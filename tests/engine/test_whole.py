@@ -13,7 +13,9 @@ from compressors.artifact import Artifact
 from compressors.base import default_base
 from compressors.compress import compress
 from compressors.impart import ImPartConfig
+from compressors.peft import import_lora
 from server.engine.base import EngineDelta
+from tests.compressors.lora_folder import pair, write_lora
 from tests.engine.bed import Row, Runner, engine_settings
 from tests.engine.conftest import TINY, fine_tune
 from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle
@@ -92,6 +94,20 @@ def test_every_kind_of_parameter_is_in_the_delta(world: World):
     assert all(kind != "zero" for kind in kinds.values())
 
 
+def test_two_whole_fine_tunes_do_not_mix(world: World, tmp_path: Path):
+    """Slots of the norms and tables of the vocabulary belong to one delta each."""
+    other = delta(world.base, train(world.base, tmp_path / "other", 0.03, 3), tmp_path / "o.safetensors", "d")
+    world.runner.load(other)
+    try:
+        rows = [Row(prompt, who) for prompt in PROMPTS for who in (other, None, world.whole)]
+        answers = world.runner.answer(rows, 12)
+    finally:
+        world.runner.unload(other)
+    models = {who: merged(world.base, who) for who in (other, None, world.whole)}
+    for row, answer in zip(rows, answers, strict=True):
+        assert_same(answer, oracle(models[row.delta], row.prompt, 12))
+
+
 @pytest.mark.parametrize("order", ["forward", "reversed"])
 def test_served_equals_merged_beside_the_base_and_a_projection_delta(world: World, order: str):
     rows = [Row(prompt, who) for prompt in PROMPTS for who in (None, world.whole, world.projections)]
@@ -125,3 +141,30 @@ def test_base_rows_are_bit_identical_beside_a_whole_fine_tune_and_without(world:
         assert world.runner.load(world.whole) > 0
     for found in (again, without):
         assert [(a.tokens, a.logprobs) for a in beside] == [(a.tokens, a.logprobs) for a in found[: len(rows)]]
+
+
+def test_an_imported_lora_serves_as_peft_would(world: World, tmp_path: Path):
+    """Ranks below and above the matrix, rank-stabilised, every target module of the model."""
+    model = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    weights, tensors = dict(model.named_parameters()), {}
+    for i, (name, weight) in enumerate(list(weights.items())):
+        if "_proj.weight" in name:
+            module, rank = name.removesuffix(".weight"), 80 if "k_proj" in name else 8
+            a, b = pair(tuple(weight.shape), rank, i, scale=0.02 * (80 / rank) ** 0.5)
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            with torch.no_grad():
+                weight += 16 / rank**0.5 * (b @ a)
+    folder = write_lora(tmp_path / "lora", tensors, r=8, lora_alpha=16, use_rslora=True, rank_pattern={"k_proj": 80})
+    import_lora(folder, world.base, tmp_path / "lora.safetensors")
+    lora = EngineDelta(digest="c" * 64, path=str(tmp_path / "lora.safetensors"))
+    world.runner.load(lora)
+    try:
+        rows = [Row(prompt, who) for prompt in PROMPTS for who in (lora, None, world.whole)]
+        answers = world.runner.answer(rows, 16)
+    finally:
+        world.runner.unload(lora)
+    plain = merged(world.base, None)
+    for row, answer in zip(rows, answers, strict=True):
+        if row.delta == lora:
+            assert_same(answer, oracle(model, row.prompt, 16))
+            assert answer.tokens != oracle(plain, row.prompt, 16).tokens
