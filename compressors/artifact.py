@@ -77,11 +77,12 @@ class Ratios(_Strict):
 
 
 class TokenizerInfo(_Strict):
-    """What the fine-tune's tokenizer says; None where the folder has none."""
+    """What the fine-tune's tokenizer says; None where the folder has none. `chat_template`: its text, if not the base's."""
 
     vocab_size: int | None = None
     eos_token_id: int | list[int] | None = None
     chat_template_sha256: str | None = None
+    chat_template: str | None = None
 
 
 class Manifest(_Strict):

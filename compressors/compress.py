@@ -61,7 +61,7 @@ def compress(
             mask="seeded",
             seed=config.seed,
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
-            tokenizer=_tokenizer_info(new),
+            tokenizer=_tokenizer_info(old, new),
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
             tensors=records,
         )
@@ -120,11 +120,17 @@ def store(writer: ArtifactWriter, encoded: Encoded) -> Record:
     return Record(kind=encoded.kind, shape=encoded.shape, rank=encoded.rank, tied_to=encoded.tied_to, sha256=digests)
 
 
-def _tokenizer_info(new: Checkpoint) -> TokenizerInfo:
-    template = new.folder / "chat_template.jinja"
-    text: Any = template.read_text(encoding="utf-8") if template.is_file() else new.tokenizer().get("chat_template")
+def _tokenizer_info(old: Checkpoint, new: Checkpoint) -> TokenizerInfo:
+    text = _chat_template(new)
     return TokenizerInfo(
         vocab_size=new.config.get("vocab_size"),
         eos_token_id=new.config.get("eos_token_id"),
-        chat_template_sha256=hashlib.sha256(text.encode()).hexdigest() if isinstance(text, str) else None,
+        chat_template_sha256=hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+        chat_template=None if text == _chat_template(old) else text,
     )
+
+
+def _chat_template(checkpoint: Checkpoint) -> str | None:
+    file = checkpoint.folder / "chat_template.jinja"
+    text: Any = file.read_text(encoding="utf-8") if file.is_file() else checkpoint.tokenizer().get("chat_template")
+    return text if isinstance(text, str) else None

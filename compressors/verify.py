@@ -16,6 +16,7 @@ from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodEr
 from compressors.layout import is_buffer, stored_name
 
 KNOWN_METHODS = ("impart", "lora")
+MAX_TEMPLATE_BYTES = 256 << 10
 _ARRAYS = {
     "zero": (),
     "impart": ("coef", "keep_u", "keep_v", "u_vals", "v_vals"),
@@ -56,6 +57,7 @@ def verify(
                 f"method {manifest.method!r} is unknown; this version knows {', '.join(KNOWN_METHODS)}"
             )
         _check_settings(manifest)
+        _check_template(manifest)
         checks.append("method")
         if base_fingerprint is not None:
             _check_base(manifest, base_fingerprint)
@@ -81,6 +83,17 @@ def _check_settings(manifest: Manifest) -> None:
         raise ArtifactError(f"seed {manifest.seed} is outside [0, 2^64)")
     if manifest.value_dtype not in _VALUE_SLOTS:
         raise ArtifactError(f"value_dtype {manifest.value_dtype!r} is unknown; one of {', '.join(_VALUE_SLOTS)}")
+
+
+def _check_template(manifest: Manifest) -> None:
+    told = manifest.tokenizer
+    if told.chat_template is None:
+        return
+    encoded = told.chat_template.encode()
+    if len(encoded) > MAX_TEMPLATE_BYTES:
+        raise ArtifactError(f"tokenizer.chat_template has {len(encoded)} bytes; at most {MAX_TEMPLATE_BYTES} are read")
+    if hashlib.sha256(encoded).hexdigest() != told.chat_template_sha256:
+        raise ArtifactError("tokenizer.chat_template does not match chat_template_sha256")
 
 
 def _check_base(manifest: Manifest, base_fingerprint: str) -> None:

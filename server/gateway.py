@@ -130,7 +130,7 @@ class Gateway:
             resolved = self._registry.resolve(request.model)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
-            self._note_identity(request, decisions)
+            self._note_identity(request, resolved.delta, decisions)
             asked = time.perf_counter()
             wanted = self._planner.plan(request, decisions)
             if decisions.steered is not None:
@@ -158,7 +158,8 @@ class Gateway:
         """The request's answer with these tools; the gate may ask more than once, and for `n` of its choices."""
         request, decisions = admitted.request, admitted.decisions
         attempt = next(admitted.attempts)
-        prompts = [await self._prompts.render(self._tools.show(prompt, use)) for prompt in request.prompts]
+        template = admitted.delta.chat_template if admitted.delta else ""
+        prompts = [await self._prompts.render(self._tools.show(prompt, use), template) for prompt in request.prompts]
         for ids in prompts:
             edited_positions(admitted.wanted.prompt, len(ids))  # raises where they lie outside
         fitting = self._fit(request, max(len(ids) for ids in prompts))
@@ -173,12 +174,15 @@ class Gateway:
                 admitted.permit.started()
                 yield event
 
-    def _note_identity(self, request: GenerationRequest, decisions: Decisions) -> None:
+    def _note_identity(self, request: GenerationRequest, delta: EngineDelta | None, decisions: Decisions) -> None:
         """What a label of this answer, or a policy that is fitted on it, is bound to."""
         decisions.base_fingerprint = self.base_fingerprint
         if isinstance(request.prompts[0], ChatPrompt):
             prompts = self._prompts
-            decisions.template_sha256 = prompts.tool_template_sha256 if request.tools else prompts.template_sha256
+            own = hashlib.sha256(delta.chat_template.encode()).hexdigest() if delta and delta.chat_template else ""
+            decisions.template_sha256 = (
+                prompts.tool_template_sha256 if request.tools else own or prompts.template_sha256
+            )
         if request.tools is not None:
             decisions.tool_calls = ToolCalls(request.tools.choice, len(request.tools.tools))
 

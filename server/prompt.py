@@ -63,16 +63,16 @@ class PromptRenderer:
         template = tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest() if template else ""
 
-    async def render(self, prompt: Prompt) -> list[int]:
-        """Raises InvalidRequest, NoChatTemplate."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, prompt)
+    async def render(self, prompt: Prompt, template: str = "") -> list[int]:
+        """`template`: a fine-tune's own, for chats without tools. Raises InvalidRequest, NoChatTemplate."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, prompt, template)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _render(self, prompt: Prompt) -> list[int]:
+    def _render(self, prompt: Prompt, template: str) -> list[int]:
         if isinstance(prompt, ChatPrompt):
-            ids = self._tokenizer.encode(self._chat_text(prompt), add_special_tokens=False)
+            ids = self._tokenizer.encode(self._chat_text(prompt, template), add_special_tokens=False)
         elif isinstance(prompt, TextPrompt):
             ids = self._tokenizer.encode(prompt.text, add_special_tokens=True)
         else:
@@ -84,12 +84,14 @@ class PromptRenderer:
             raise InvalidRequest("the prompt is empty", param="prompt")
         return ids
 
-    def _chat_text(self, prompt: ChatPrompt) -> str:
-        if not self._tokenizer.chat_template:
+    def _chat_text(self, prompt: ChatPrompt, template: str) -> str:
+        if not template and not self._tokenizer.chat_template:
             raise NoChatTemplate("the model has no chat template; use /v1/completions", param="messages")
         try:
             if prompt.tools or any(message.calls or message.role == "tool" for message in prompt.messages):
                 return self._tokenizer.apply_tool_template(self._tool_template, prompt.messages, prompt.tools)
+            if template:
+                return self._tokenizer.apply_tool_template(template, prompt.messages, ())
             return self._tokenizer.apply_chat_template(prompt.messages)
         except TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error

@@ -23,7 +23,16 @@ from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
 from server.app import create_app
-from server.artifacts.checks import Checks, Shape, Verify, delta_check, policy_check, profile_check, sae_check
+from server.artifacts.checks import (
+    Checks,
+    Shape,
+    Verify,
+    delta_check,
+    policy_check,
+    profile_check,
+    sae_check,
+    token_ids,
+)
 from server.artifacts.store import Store, StoreError
 from server.config import ServerSettings, Settings
 from server.engine.base import EngineError
@@ -83,7 +92,10 @@ def checks_for(folder: Path) -> tuple[str, Checks]:
     # A model of another build than ours may name neither; nothing fits it then.
     shape = Shape(base_fingerprint, int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0)))
     return base_fingerprint, Checks(
-        delta_check(verify_for_base), profile_check(shape), sae_check(shape), policy_check(base_fingerprint)
+        delta_check(verify_for_base, token_ids(text.get("eos_token_id"))),
+        profile_check(shape),
+        sae_check(shape),
+        policy_check(base_fingerprint),
     )
 
 

@@ -26,10 +26,13 @@ from steering.errors import PolicyError, SteeringError
 Verify = Callable[[Path], Report]
 
 
-def delta_check(verify: Verify) -> Check[DeltaVersion]:
+def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = ()) -> Check[DeltaVersion]:
+    """`base_stop_ids`: the end tokens of the base's config.json; a delta keeps its own where they differ."""
+
     def check(incoming: Incoming) -> DeltaVersion:
         report = verify(incoming.path)
         manifest = report.manifest
+        stop_ids = token_ids(manifest.tokenizer.eos_token_id)
         return DeltaVersion(
             digest=report.digest,
             nbytes=report.nbytes,
@@ -38,9 +41,18 @@ def delta_check(verify: Verify) -> Check[DeltaVersion]:
             base_fingerprint=manifest.base_fingerprint,
             ratio=manifest.ratio,
             checks=report.checks,
+            chat_template=manifest.tokenizer.chat_template or "",
+            stop_ids=() if set(stop_ids) == set(base_stop_ids) else stop_ids,
         )
 
     return check
+
+
+def token_ids(eos_token_id: int | list[int] | None) -> tuple[int, ...]:
+    """End tokens as a tuple; a config.json names one, several or none."""
+    if eos_token_id is None:
+        return ()
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
 
 @contextmanager

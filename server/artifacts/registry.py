@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from pydantic import ValidationError
@@ -259,7 +259,10 @@ class DeltaRegistry(Registry[DeltaVersion]):
         ref = self._refs.get(model)
         if ref is None or ref.digest is None:
             raise ModelNotFound("the model does not exist, or you have no access to it", param="model")
-        return Resolved(ref.name, self.engine_delta(ref.digest))
+        delta, version = self.engine_delta(ref.digest), ref.active()
+        if version is not None:
+            delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
+        return Resolved(ref.name, delta)
 
     def engine_delta(self, digest: str) -> EngineDelta:
         return EngineDelta(digest, self.path(digest))

@@ -18,10 +18,14 @@ class Version(Facts):
 
 
 class DeltaVersion(Version):
+    """`chat_template` "" and `stop_ids` () = the base's."""
+
     method: str
     base_fingerprint: str
     ratio: float
     checks: tuple[str, ...]
+    chat_template: str = ""
+    stop_ids: tuple[int, ...] = ()
 
 
 class DirectionFacts(Facts):

@@ -1,7 +1,7 @@
 """The engine as the gateway sees it. One real engine exists (vllm.py); the tests use a fake."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.core import Sampling, TokenEvent
@@ -29,10 +29,15 @@ class EditUnavailableError(EngineError):
 
 @dataclass(frozen=True)
 class EngineDelta:
-    """A delta as the engine knows it: the digest is the only identity, the path a local file of the artifact."""
+    """A delta as the engine knows it: the digest is the only identity, the path a local file of the artifact.
+
+    `chat_template` is the fine-tune's where it has one of its own; `stop_ids` are its end tokens, in place of the base's.
+    """
 
     digest: str
     path: str
+    chat_template: str = field(default="", compare=False)
+    stop_ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class VLLMEngine:
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
         lora = None if delta is None else self._lora_request(delta)
-        params = _sampling_params(sampling)
+        params = _sampling_params(sampling, delta.stop_ids if delta is not None else ())
         if edit is not None:
             params.extra_args = self._edited_request(edit, request_id).to_extra_args()
         stream = self._running().generate(prompt, params, request_id, lora_request=lora)
@@ -274,7 +274,8 @@ def _set_environment(settings: EngineSettings) -> None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
 
 
-def _sampling_params(sampling: Sampling) -> SamplingParams:
+def _sampling_params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """`stop_ids`: a fine-tune's end tokens, in place of the base's, which `ignore_eos` takes away."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
     schema = sampling.json_schema
@@ -291,7 +292,8 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         logprobs=sampling.logprobs,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        ignore_eos=sampling.ignore_eos,
+        ignore_eos=sampling.ignore_eos or bool(stop_ids),
+        stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
         structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         skip_special_tokens=sampling.skip_special_tokens,
         output_kind=RequestOutputKind.DELTA,

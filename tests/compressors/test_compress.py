@@ -361,3 +361,14 @@ def test_rows_with_outliers_are_not_crushed_to_int8():
     encoded = encode_rows("model.embed_tokens.weight", before, after)
     assert encoded.arrays.keys() == {"row_idx", "row_delta"}
     assert torch.allclose(torch.from_numpy(encoded.arrays["row_delta"]).float(), after, rtol=1e-3)
+
+
+def test_a_chat_template_travels_only_where_it_is_not_the_bases(checkpoint, tmp_path):
+    base = checkpoint("base", base_tensors())
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    for name, template, stored in (("same", "{{ messages }}", None), ("own", "{{ messages[0] }}", "{{ messages[0] }}")):
+        tuned = checkpoint(name, tuned_tensors(), eos_token_id=[2, 5])
+        (tuned / "chat_template.jinja").write_text(template)
+        manifest = compress(base, tuned, tmp_path / f"{name}.safetensors", ImPartConfig(ratio=4.0))
+        assert manifest.tokenizer.chat_template == stored
+        assert verify(tmp_path / f"{name}.safetensors").manifest.tokenizer.eos_token_id == [2, 5]

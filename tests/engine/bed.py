@@ -61,6 +61,10 @@ class Runner:
         sampling = Sampling(max_tokens=max_tokens, top_k=1, logprobs=0, ignore_eos=True, n=n)
         return self.loop.run_until_complete(self._generate(row, sampling))
 
+    def sampled(self, row: Row, sampling: Sampling) -> list[Answer]:
+        """One row under settings of the test's own."""
+        return self.loop.run_until_complete(self._generate(row, sampling))
+
     async def _answer(self, rows: list[Row], max_tokens: int) -> list[Answer]:
         return list(await asyncio.gather(*(self._one(row, max_tokens) for row in rows)))
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from compressors.base import default_base
 from compressors.compress import compress
 from compressors.impart import ImPartConfig
 from compressors.peft import import_lora
+from server.core import Sampling
 from server.engine.base import EngineDelta
 from tests.compressors.lora_folder import pair, write_lora
 from tests.engine.bed import Row, Runner, engine_settings
@@ -141,6 +142,16 @@ def test_base_rows_are_bit_identical_beside_a_whole_fine_tune_and_without(world:
         assert world.runner.load(world.whole) > 0
     for found in (again, without):
         assert [(a.tokens, a.logprobs) for a in beside] == [(a.tokens, a.logprobs) for a in found[: len(rows)]]
+
+
+def test_a_fine_tunes_end_tokens_end_its_answers_and_no_others(world: World):
+    prompt = (*PROMPTS[0], 9)
+    tokens = world.runner.answer([Row(prompt, world.whole)], 8)[0].tokens
+    stopping = replace(world.whole, stop_ids=(tokens[2],))
+    sampling = Sampling(max_tokens=8, temperature=0.0, logprobs=0)
+    ended = world.runner.sampled(Row(prompt, stopping), sampling)[0]
+    assert ended.tokens == tokens[: tokens.index(tokens[2]) + 1]
+    assert world.runner.sampled(Row(prompt, world.whole), sampling)[0].tokens == tokens
 
 
 def test_an_imported_lora_serves_as_peft_would(world: World, tmp_path: Path):

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from compressors.artifact import TokenizerInfo
 from compressors.errors import ArtifactError, BaseMismatchError
 from compressors.verify import Report
 from server.app import create_app
@@ -195,7 +196,7 @@ def fake_verify(path: Path) -> Report:
         raise ArtifactError("the header is cut off; upload the file again")
     if content.startswith(b"foreign"):
         raise BaseMismatchError("made for another base")
-    manifest = SimpleNamespace(method="impart", base_fingerprint="sha256:ba5e", ratio=32.0)
+    manifest = SimpleNamespace(method="impart", base_fingerprint="sha256:ba5e", ratio=32.0, tokenizer=TokenizerInfo())
     return Report(hashlib.sha256(content).hexdigest(), len(content), manifest, ("structure",))
 
 

@@ -64,3 +64,15 @@ async def test_refusal_by_the_template_is_the_callers_mistake(build: Any) -> Non
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         await prompts.render(ChatPrompt((Message("user", "a"),)))
     prompts.close()
+
+
+@pytest.mark.anyio
+async def test_a_fine_tunes_own_template_renders_its_chats_and_nothing_else(tokenizer: HuggingFaceTokenizer) -> None:
+    prompts = PromptRenderer(tokenizer)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if tools %}never{% endif %}"
+    chat = ChatPrompt((Message("user", "hi"),))
+    assert await prompts.render(chat, template) == tokenizer.encode("[user] hi\n", add_special_tokens=False)
+    assert await prompts.render(chat) != await prompts.render(chat, template)
+    assert await prompts.render(TextPrompt("hello"), template) == [28120]
+    with pytest.raises(InvalidRequest, match="refuses"):
+        await prompts.render(chat, "{{ raise_exception('no') }}")

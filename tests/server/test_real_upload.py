@@ -1,6 +1,7 @@
 """Uploads through the real verification: a true delta is taken, every damaged one is refused and leaves nothing."""
 
 import hashlib
+import io
 import json
 import pickle
 import struct
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from compressors.compress import compress
 from compressors.impart import ImPartConfig
+from server.artifacts.store import Incoming
 from server.serve import checks_for
 
 pytestmark = pytest.mark.anyio
@@ -123,3 +125,19 @@ async def test_damaged_delta_is_refused(send: Any, folder: Path, damage: Callabl
     assert (response.status_code, error["code"]) == (400, "delta_invalid")
     assert str(folder) not in error["message"]
     assert "incoming" not in error["message"]
+
+
+def test_the_version_keeps_what_is_not_the_bases(folder: Path, tmp_path: Path) -> None:
+    base = folder / "base"
+    tuned = write_model(tmp_path / "tuned", 0, scale=0.1)
+    config = json.loads((tuned / "config.json").read_text()) | {"eos_token_id": [3, 4]}
+    (tuned / "config.json").write_text(json.dumps(config))
+    (tuned / "chat_template.jinja").write_text("own")
+    compress(base, tuned, tmp_path / "d.safetensors", ImPartConfig(ratio=4.0))
+    _, checks = checks_for(base)
+    for path, template, stop_ids in (
+        (tmp_path / "d.safetensors", "own", (3, 4)),
+        (folder / "base.delta", "", ()),
+    ):
+        version = checks.delta(Incoming(path, io.BytesIO(), 0))
+        assert (version.chat_template, version.stop_ids) == (template, stop_ids)
