@@ -18,7 +18,7 @@ from types import FrameType
 import uvicorn
 
 from compressors.base import resolve_base
-from compressors.errors import DeltaError
+from compressors.errors import ArtifactError, DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
@@ -79,7 +79,14 @@ def verifier(folder: Path) -> tuple[str, Verify]:
     base_fingerprint = fingerprint(folder)
 
     def verify_for_base(path: Path) -> Report:
-        return verify(path, base_fingerprint=base_fingerprint, base_shapes=shapes)
+        report = verify(path, base_fingerprint=base_fingerprint, base_shapes=shapes)
+        for name, record in report.manifest.tensors.items():
+            if record.kind == "rows" and name in shapes and record.shape[0] > shapes[name][0]:
+                raise ArtifactError(
+                    f"{name}: the fine-tune adds {record.shape[0] - shapes[name][0]} tokens to the vocabulary of "
+                    f"{shapes[name][0]}, which the engine does not serve; fine-tune without added tokens"
+                )
+        return report
 
     return base_fingerprint, verify_for_base
 

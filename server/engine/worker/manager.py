@@ -90,11 +90,11 @@ class DeltaManager:
         kernel = self._state.kernel
         loaded, outside = self._load(Path(lora_request.lora_path), lora_request.lora_name)
         nbytes = outside.nbytes
-        self._outside.install(adapter, outside)
         for name, factors in loaded.items():
             prepared = kernel.prepare(factors)
             nbytes += kernel.nbytes(prepared)
             self._linears[name].resident[adapter] = prepared
+        self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
         logger.info(
