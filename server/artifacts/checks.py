@@ -36,7 +36,7 @@ def delta_check(verify: Verify) -> Check[DeltaVersion]:
             created=int(time.time()),
             method=manifest.method,
             base_fingerprint=manifest.base_fingerprint,
-            ratio=manifest.ratio,
+            ratio=manifest.bytes_ratio or manifest.ratio,
             checks=report.checks,
         )
 

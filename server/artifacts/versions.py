@@ -20,7 +20,7 @@ class Version(Facts):
 class DeltaVersion(Version):
     method: str
     base_fingerprint: str
-    ratio: float
+    ratio: float | None
     checks: tuple[str, ...]
 
 

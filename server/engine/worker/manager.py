@@ -17,7 +17,8 @@ import torch
 
 from compressors.artifact import Artifact
 from compressors.errors import DeltaError
-from compressors.execution import MaskSource, SparseFactor, native_masks, sparse_factor, unservable
+from compressors.execution import SparseFactor, native_masks, sparse_factor, unservable
+from compressors.factors import MaskSource
 from compressors.kernels.build import KernelUnavailableError
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.kernels.torch_csr import TorchCsr
