@@ -42,27 +42,45 @@ def drops_within(
 
 
 def _filled(drops: list[float], shape: tuple[int, int], budget: int, value_dtype: str) -> list[float]:
-    """The bytes that are left go into the last columns' entries, and into one column more where they pay for it."""
+    """The bytes that are left go into the last columns' entries.
+
+    Where all kept columns are whole, one column is added and shares its entries with the last: both keep half or more of them,
+    because a column of few entries, rescaled, would be nothing but noise.
+    """
     filled = np.array(drops)
-    for k in range(len(filled) - 1, -1, -1):
-        following = filled[k] >= 1 and (k == 0 or filled[k - 1] < 1)
-        if filled[k] >= 1 and not following:
-            continue
-        low, high = 0.0, float(min(filled[k], 1 - 0.5 / max(shape)))
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            if _bytes_with(filled, k, middle, shape, value_dtype) <= budget:
-                high = middle
-            else:
-                low = middle
-        if _bytes_with(filled, k, high, shape, value_dtype) <= budget:
-            filled[k] = high
-        if not following:
-            break
+    rank = int((filled < 1).sum())
+    for k in range(rank - 1, -1, -1):
+        filled[k] = _lowest(filled, [k], filled[k], shape, budget, value_dtype)
+        if filled[k] > 0:
+            return [float(drop) for drop in filled]
+    last = [rank - 1, rank]
+    if rank < len(filled) and factor_bytes(_with(filled, last, 0.5), shape, value_dtype) <= budget:
+        filled[last] = _lowest(filled, last, 0.5, shape, budget, value_dtype)
     return [float(drop) for drop in filled]
 
 
-def _bytes_with(drops: npt.NDArray[np.float64], k: int, drop: float, shape: tuple[int, int], value_dtype: str) -> int:
+def _lowest(
+    drops: npt.NDArray[np.float64],
+    columns: list[int],
+    fits: float,
+    shape: tuple[int, int],
+    budget: int,
+    value_dtype: str,
+) -> float:
+    """The lowest drop ratio of these columns that the budget pays for; `fits` is one."""
+    if factor_bytes(_with(drops, columns, 0.0), shape, value_dtype) <= budget:
+        return 0.0
+    low = 0.0
+    for _ in range(_STEPS):
+        middle = (low + fits) / 2
+        if factor_bytes(_with(drops, columns, middle), shape, value_dtype) <= budget:
+            fits = middle
+        else:
+            low = middle
+    return fits
+
+
+def _with(drops: npt.NDArray[np.float64], columns: list[int], drop: float) -> npt.NDArray[np.float64]:
     tried = drops.copy()
-    tried[k] = drop
-    return factor_bytes(tried, shape, value_dtype)
+    tried[columns] = drop
+    return tried
