@@ -8,9 +8,17 @@ digests in the records every byte of the file is covered. The arrays of the reco
 |---|---|
 | zero | none: the parameter equals the base's |
 | impart | coef f32 [r]; keep_u, keep_v i32 [r]; u_vals, v_vals: kept values, column after column, ascending row |
+| | and mask_u, mask_v u8 where no seed gives the rows (mask_codes.py) |
 | lowrank | a [r, in], b [out, r] |
+| sparse | count i32 [1], spread evenly over columns (factors.py); scale f32 [1]; vals: kept entries of the delta, as U's |
+| signs | signs u8: a bit an entry, row after row, 1 for +; scale f32 [1] or [out] |
 | raw | delta, in the parameter's shape |
 | rows | row_idx i32 [t], row_delta [t, width]; int8 has row_scale f32 [t] too; rows past the base's last are new ones, whole |
+
+Values are fp16, bf16 or int8; or u8 where the record has `bits`: runs of columns with their width, each packed by itself
+(packing.py). An integer is a multiple of its column's step, which coef or scale holds.
+
+Format 1 had seeded masks, the kinds zero, impart, lowrank, raw and rows, and no `bits`; it is read as it was.
 """
 
 from __future__ import annotations
@@ -28,12 +36,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressors.errors import ArtifactError, FormatVersionError
 
 FORMAT = "deltaworks-delta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 MAX_HEADER_BYTES = 64 << 20
 MANIFEST_KEY = "deltaworks"
 SEAL_KEY = "sha256"
@@ -44,12 +53,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
     "I32": np.dtype("<i4"),
 }
 DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 
 Array = npt.NDArray[Any]
-Kind = Literal["zero", "impart", "lowrank", "raw", "rows"]
+Kind = Literal["zero", "impart", "lowrank", "sparse", "signs", "raw", "rows"]
+Mask = Literal["seeded", "bitmask", "gap8"]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _is_empty(value: tuple[object, ...]) -> bool:
+    return not value
 
 
 class _Strict(BaseModel):
@@ -57,12 +76,17 @@ class _Strict(BaseModel):
 
 
 class Record(_Strict):
-    """How one parameter is stored. `shape` is the fine-tune's; `sha256` maps each array to the digest of its bytes."""
+    """How one parameter is stored. `shape` is the fine-tune's; `sha256` maps each array to the digest of its bytes.
+
+    `mask` stands where it is not the manifest's; `bits` are (columns, width) of packed values, in the order of the columns.
+    """
 
     kind: Kind
     shape: tuple[int, ...]
     rank: int = 0
     tied_to: str | None = None
+    mask: Mask | None = Field(default=None, exclude_if=_is_none)
+    bits: tuple[tuple[int, int], ...] = Field(default=(), exclude_if=_is_empty)
     sha256: dict[str, str] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -86,7 +110,10 @@ class TokenizerInfo(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything that a file says about itself. Holds no time and no path: the same inputs give the same bytes."""
+    """Everything that a file says about itself. Holds no time and no path: the same inputs give the same bytes.
+
+    Settings that the method does not have are None. `bytes_ratio` is the one that was asked for.
+    """
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -94,12 +121,13 @@ class Manifest(_Strict):
     base_fingerprint: str
     base_name: str
     architecture: str
-    ratio: float
-    beta: float
-    c: float
-    rule: str
-    rescale: str
-    value_dtype: str
+    ratio: float | None
+    bytes_ratio: float | None = None
+    beta: float | None
+    c: float | None
+    rule: str | None
+    rescale: str | None
+    value_dtype: str | None
     mask: str
     seed: int
     ratios: Ratios
@@ -242,7 +270,7 @@ def _parse_manifest(text: str) -> Manifest:
             raise FormatVersionError(
                 f"the file has format version {version}; this version reads up to {FORMAT_VERSION}: upgrade deltaworks"
             )
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise ArtifactError(f"the manifest's format_version is {version!r}, expected {FORMAT_VERSION}")
         return Manifest.model_validate_json(text)
     except ValidationError as error:

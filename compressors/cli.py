@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from compressors import compress_cli
 from compressors.errors import DeltaError
 
 _EXAMPLES = """examples:
   deltaworks delta compress default runs/json/model -o json.safetensors
-  deltaworks delta compress /models/llama-3-8b /models/my-tune -o tune.safetensors --ratio 16 --value-dtype fp16
+  deltaworks delta compress /models/llama-3-8b /models/my-tune -o tune.safetensors --bytes-ratio 32 --value-dtype int4
   deltaworks delta import my-lora/ -o lora.safetensors --base default
   deltaworks delta inspect json.safetensors
   deltaworks delta verify json.safetensors --base default
@@ -30,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = delta.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_compress(actions)
+    compress_cli.add_parser(actions, _reporting)
     _add_import(actions)
     inspect = actions.add_parser("inspect", help="print what a delta holds and its three compression ratios")
     inspect.add_argument("file", type=Path)
@@ -51,45 +52,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="of the written weights (default: %(default)s)",
     )
     undo.set_defaults(run=_reporting(_decompress))
-
-
-def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    compress = actions.add_parser("compress", help="compress FINE_TUNE - BASE into one delta file")
-    compress.add_argument("base", metavar="BASE", help="model folder, or `default`")
-    compress.add_argument("fine_tune", metavar="FINE_TUNE", type=Path, help="model folder of the full fine-tune")
-    compress.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
-    compress.add_argument(
-        "--ratio", type=float, default=32.0, help="dense values per surviving value (default: %(default)g)"
-    )
-    compress.add_argument(
-        "--beta", type=float, default=0.6, help="share of singular triples pruned first (default: %(default)g)"
-    )
-    compress.add_argument(
-        "--c",
-        type=float,
-        default=1.0,
-        help="how strongly small singular values are dropped; 0 is rank truncation (default: %(default)g)",
-    )
-    compress.add_argument(
-        "--rule",
-        choices=["exact", "released"],
-        default="exact",
-        help="exact meets the ratio for every shape; released is the authors' code (default: %(default)s)",
-    )
-    compress.add_argument(
-        "--value-dtype", choices=["int8", "fp16", "bf16"], default="int8", help="(default: %(default)s)"
-    )
-    compress.add_argument(
-        "--rows-dtype",
-        choices=["int8", "fp16"],
-        default="int8",
-        help="of changed vocabulary rows; int8 has a scale per row (default: %(default)s)",
-    )
-    compress.add_argument("--rescale", choices=["exact", "released"], default="exact", help="(default: %(default)s)")
-    compress.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    compress.add_argument("--method", choices=["impart"], default="impart", help="(default: %(default)s)")
-    compress.add_argument("--name", help="the base's name in the manifest, for people (default: the folder's)")
-    compress.set_defaults(run=_reporting(_compress))
 
 
 def _add_import(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -121,29 +83,6 @@ def _reporting(action: Callable[[argparse.Namespace], int]) -> Callable[[argpars
             return 130
 
     return run
-
-
-def _compress(args: argparse.Namespace) -> int:
-    from compressors.artifact import Artifact
-    from compressors.base import resolve_base
-    from compressors.impart import ImPartConfig
-    from compressors.inspect import summary, text
-    from compressors.methods import METHODS
-
-    config = ImPartConfig(
-        ratio=args.ratio,
-        beta=args.beta,
-        c=args.c,
-        rule=args.rule,
-        value_dtype=args.value_dtype,
-        rows_dtype=args.rows_dtype,
-        rescale=args.rescale,
-        seed=args.seed,
-    )
-    METHODS[args.method](resolve_base(args.base), args.fine_tune, args.out, config, args.name, True)
-    with Artifact.open(args.out) as artifact:
-        print(text(summary(artifact)))
-    return 0
 
 
 def _import(args: argparse.Namespace) -> int:

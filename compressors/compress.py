@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from compressors.artifact import Manifest, Ratios, Record, TokenizerInfo
-from compressors.encode import Encoded, encode_projection, encode_raw, encode_rows
+from compressors.encode import encode_raw, encode_rows
 from compressors.fingerprint import fingerprint
-from compressors.impart import ImPartConfig
 from compressors.layout import Part, is_embedding, projection_parts
+from compressors.methods import Config, encode_projection
 from compressors.pairing import matched_names, tied_to
 from compressors.ratios import Tally
+from compressors.record import Encoded
 from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.writer import ArtifactWriter
 
@@ -33,7 +34,7 @@ Task = Callable[[], Encoded]
 
 
 def compress(
-    base: Path, fine_tune: Path, out: Path, config: ImPartConfig, name: str | None = None, progress: bool = False
+    base: Path, fine_tune: Path, out: Path, config: Config, name: str | None = None, progress: bool = False
 ) -> Manifest:
     """Compress `fine_tune` - `base` into the file `out`. Raises CheckpointError, BudgetError; `out` is whole or absent.
 
@@ -48,18 +49,12 @@ def compress(
                 records[encoded.name] = store(writer, encoded)
                 tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
         manifest = Manifest(
-            method="impart",
+            method=config.method,
             base_fingerprint=fingerprint(base),
             base_name=name or base.name,
             architecture=str(next(iter(new.config.get("architectures") or []), "unknown")),
-            ratio=config.ratio,
-            beta=config.beta,
-            c=config.c,
-            rule=config.rule,
-            rescale=config.rescale,
-            value_dtype=config.value_dtype,
             mask="seeded",
-            seed=config.seed,
+            **_settings(config),
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
             tokenizer=_tokenizer_info(old, new),
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
@@ -68,7 +63,16 @@ def compress(
         return writer.finish(manifest, tally.dense_bytes)
 
 
-def _tasks(old: Checkpoint, new: Checkpoint, config: ImPartConfig) -> list[Task]:
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings of the manifest; those that the method does not have are None, and the seed 0."""
+    names = ("ratio", "bytes_ratio", "beta", "c", "rule", "rescale", "value_dtype")
+    found = {name: getattr(config, name, None) for name in names}
+    if found["bytes_ratio"] is not None:
+        found["ratio"] = None
+    return {**found, "seed": getattr(config, "seed", 0)}
+
+
+def _tasks(old: Checkpoint, new: Checkpoint, config: Config) -> list[Task]:
     """One task per matrix or other parameter, in the order of the file. Raises CheckpointError before any is run."""
     tasks: list[Task] = []
     for name in matched_names(old, new):
@@ -81,7 +85,7 @@ def _tasks(old: Checkpoint, new: Checkpoint, config: ImPartConfig) -> list[Task]
     return tasks
 
 
-def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, config: ImPartConfig) -> Encoded:
+def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, config: Config) -> Encoded:
     delta = new.finite(name, part).float() - old.finite(name, part).float()
     return encode_projection(part.name, delta, config)
 
@@ -117,7 +121,15 @@ def store(writer: ArtifactWriter, encoded: Encoded) -> Record:
         key: writer.add(f"{encoded.name}::{key}", array, bf16=array.dtype == np.uint16)
         for key, array in encoded.arrays.items()
     }
-    return Record(kind=encoded.kind, shape=encoded.shape, rank=encoded.rank, tied_to=encoded.tied_to, sha256=digests)
+    return Record(
+        kind=encoded.kind,
+        shape=encoded.shape,
+        rank=encoded.rank,
+        tied_to=encoded.tied_to,
+        mask=encoded.mask,
+        bits=encoded.bits,
+        sha256=digests,
+    )
 
 
 def _tokenizer_info(old: Checkpoint, new: Checkpoint) -> TokenizerInfo:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from compressors.artifact import Array, Artifact
 from compressors.errors import ArtifactError
+from compressors.factors import read_factors
 from compressors.fingerprint import INDEX, fingerprint
 from compressors.layout import projection_parts
-from compressors.masks import factor_rows, layer_seed
 from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.verify import verify
 
@@ -31,15 +31,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def delta_tensor(artifact: Artifact, name: str) -> torch.Tensor:
     """The dense delta of one record, fp32, in the record's shape; "rows" gives added rows whole.
 
-    impart: sum_k coef[k] * U[:, k] V[:, k]^T with the kept values at the rows that the seed names.
+    A kind with factors: sum_k coef[k] * U[:, k] V[:, k]^T (factors.py).
     """
     record = artifact.records[name]
     if record.kind == "zero":
         return torch.zeros(record.shape)
     if record.kind == "raw":
         return _floats(artifact, f"{name}::delta").reshape(record.shape)
-    if record.kind == "lowrank":
-        return _floats(artifact, f"{name}::b") @ _floats(artifact, f"{name}::a")
     if record.kind == "rows":
         dense = torch.zeros(record.shape)
         changed = _floats(artifact, f"{name}::row_delta")
@@ -47,16 +45,9 @@ def delta_tensor(artifact: Artifact, name: str) -> torch.Tensor:
             changed *= _floats(artifact, f"{name}::row_scale")[:, None]
         dense[torch.from_numpy(artifact.array(f"{name}::row_idx").astype(np.int64))] = changed
         return dense
-    seed = layer_seed(artifact.manifest.seed, name)
-    factors = []
-    for f, (label, rows) in enumerate(zip("uv", record.shape, strict=True)):
-        keep = artifact.array(f"{name}::keep_{label}").astype(np.int32)
-        dense = torch.zeros(rows, len(keep))
-        columns = np.repeat(np.arange(len(keep)), keep)
-        dense[factor_rows(seed, f, rows, keep), columns] = _floats(artifact, f"{name}::{label}_vals")
-        factors.append(dense)
-    coef = torch.from_numpy(artifact.array(f"{name}::coef").copy())
-    return (factors[0] * coef) @ factors[1].T
+    factors = read_factors(artifact, name)
+    u, v = (torch.from_numpy(one.dense(rows)) for one, rows in zip((factors.u, factors.v), record.shape, strict=True))
+    return (u * torch.from_numpy(factors.coef.copy())) @ v.T
 
 
 def decompress(artifact_path: Path, base: Path, out: Path, dtype: str = "bf16", progress: bool = False) -> None:

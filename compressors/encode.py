@@ -5,46 +5,37 @@ Legend: m out features, n in features, N = min(m, n), r rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 
-from compressors.artifact import Array, Kind
-from compressors.impart import ImPartConfig, budget_columns, decompose, drop_ratios, sparsify
+from compressors.artifact import Array
+from compressors.baselines import LowRankConfig
+from compressors.byte_budget import drops_within
+from compressors.impart import ImPartConfig, Spectrum, budget_columns, decompose, drop_ratios, sparsify
+from compressors.record import Encoded
 
 _BLOCK_ROWS = 8192  # of a vocabulary table at once: bounds the fp32 copies
 _INT8_ERROR = 0.02  # of a table's norm; normal rows lose about 0.8 %
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A record of a delta file before it is written. bf16 arrays are uint16 bit patterns."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    arrays: dict[str, Array] = field(default_factory=dict)
-    rank: int = 0
-    tied_to: str | None = None
-
-
-def encode_projection(name: str, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
+def encode_impart(name: str, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
     """The delta [m, n] of one projection, fp32: as sparse factors, or as what is smaller or lossless within the budget.
 
-    A zero delta stores nothing. A rank within the budget's floor((1 - a) N) columns is kept whole as two dense factors, with
-    no masking. A matrix smaller than its own factors is kept as a dense fp16 delta.
+    A rank within the budget's floor((1 - a) N) columns is kept whole as two dense factors, with no masking. A matrix smaller
+    than its own factors is kept as a dense fp16 delta.
     """
+    return encode_spectrum(name, decompose(delta), delta, config)
+
+
+def encode_spectrum(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
+    """`encode_impart` of a delta whose spectrum is known."""
     shape = (delta.shape[0], delta.shape[1])
-    if not delta.any():
-        return Encoded(name, "zero", shape)
-    spectrum = decompose(delta)
-    rank, rule = spectrum.true_rank, config.rule_for(name)
-    if rank <= budget_columns(shape, config.ratio, rule):
+    rank = spectrum.true_rank
+    if _whole_rank_fits(rank, name, shape, config):
         scaled_u = spectrum.u[:, :rank] * spectrum.s[:rank]
         arrays: dict[str, Array] = {"a": _numpy(spectrum.vt[:rank]), "b": _numpy(scaled_u)}
         return Encoded(name, "lowrank", shape, arrays, rank)
-    drops = drop_ratios(spectrum.s[:rank], shape, config.ratio, config.beta, config.c, rule)
+    drops = _drops(spectrum.s[:rank], name, shape, config)
     factors = sparsify(spectrum, drops, name, config.seed, config.value_dtype, config.rescale)
     arrays = {
         "coef": factors.coef,
@@ -53,9 +44,33 @@ def encode_projection(name: str, delta: torch.Tensor, config: ImPartConfig) -> E
         "u_vals": factors.u_vals,
         "v_vals": factors.v_vals,
     }
-    if sum(array.nbytes for array in arrays.values()) >= 2 * delta.numel():
-        return Encoded(name, "raw", shape, {"delta": _half(delta)})
-    return Encoded(name, "impart", shape, arrays, len(factors.coef))
+    encoded = Encoded(name, "impart", shape, arrays, len(factors.coef), bits=factors.bits)
+    return encoded if encoded.nbytes < 2 * delta.numel() else Encoded(name, "raw", shape, {"delta": _half(delta)})
+
+
+def encode_lowrank(name: str, delta: torch.Tensor, config: LowRankConfig) -> Encoded:
+    """Rank truncation: ImPart with C = 0 prunes no entry of a kept column."""
+    as_impart = ImPartConfig(
+        ratio=config.ratio, bytes_ratio=config.bytes_ratio, beta=0.0, c=0.0, value_dtype=config.value_dtype
+    )
+    return encode_impart(name, delta, as_impart)
+
+
+def _whole_rank_fits(rank: int, name: str, shape: tuple[int, int], config: ImPartConfig) -> bool:
+    if config.bytes_ratio is not None:
+        return 4 * rank * sum(shape) <= _budget(shape, config.bytes_ratio)
+    return rank <= budget_columns(shape, config.ratio, config.rule_for(name))
+
+
+def _drops(sigma: torch.Tensor, name: str, shape: tuple[int, int], config: ImPartConfig) -> list[float]:
+    if config.bytes_ratio is None:
+        return drop_ratios(sigma, shape, config.ratio, config.beta, config.c, config.rule_for(name))
+    budget = _budget(shape, config.bytes_ratio)
+    return drops_within(sigma.double().numpy(), shape, budget, config.beta, config.c, config.value_dtype)
+
+
+def _budget(shape: tuple[int, int], bytes_ratio: float) -> int:
+    return int(2 * shape[0] * shape[1] / bytes_ratio)
 
 
 def encode_rows(name: str, before: torch.Tensor, after: torch.Tensor, dtype: str = "int8") -> Encoded:

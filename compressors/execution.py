@@ -15,13 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.artifact import Artifact, Record
-from compressors.errors import ArtifactError
-from compressors.masks import column_keys, factor_rows, layer_seed
+from compressors.factors import Columns, MaskSource, decoded, read_factors
+from compressors.masks import column_keys, factor_rows
 
 WIDE_ENTRY = np.dtype([("value", np.float32), ("row", np.uint32)])
-
-# (layer_seed, factor 0=U 1=V, rows of the factor, keep per column) -> kept rows, column after column
-MaskSource = Callable[[int, int, int, npt.NDArray[np.int32]], npt.NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
@@ -61,48 +58,17 @@ class SparseFactor:
         return sum(array.nbytes for array in arrays)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """One factor: rows and values column after column."""
-
-    start: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-    values: npt.NDArray[np.float32]
-    bf16_exact: bool
-
-    def within(self, low: int, high: int) -> _Columns:
-        """The entries whose row lies in [low, high), renumbered from 0."""
-        inside = (self.rows >= low) & (self.rows < high)
-        if inside.all():
-            return self if low == 0 else _Columns(self.start, self.rows - low, self.values, self.bf16_exact)
-        before = np.concatenate([[0], np.cumsum(inside)])
-        return _Columns(before[self.start], self.rows[inside] - low, self.values[inside], self.bf16_exact)
-
-
 def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource = factor_rows) -> SparseFactor:
-    """Execution form of the record `name` ("impart", "lowrank" or the "raw" of a matrix) of an artifact.
-
-    Raises ArtifactError for a record of another kind.
-    """
-    record = artifact.records[name]
-    if record.kind == "impart":
-        u, v, coef = _impart_columns(artifact, name, record, masks)
-    elif record.kind == "lowrank":
-        u, v, coef = _lowrank_columns(artifact, name)
-    elif record.kind == "raw" and len(record.shape) == 2:
-        u, v, coef = _raw_columns(artifact, name)
-    else:
-        raise ArtifactError(
-            f"{name} is stored as {record.kind!r}; only the matrices of projections have sparse factors"
-        )
-    u, v = u.within(*shard.out_range), v.within(*shard.in_range)
+    """Execution form of the record `name` of an artifact. Raises ArtifactError for a kind without factors."""
+    factors = read_factors(artifact, name, masks)
+    u, v = factors.u.within(*shard.out_range), factors.v.within(*shard.in_range)
     rows = max(shard.out_range[1] - shard.out_range[0], shard.in_range[1] - shard.in_range[0])
     encode = _packed if u.bf16_exact and v.bf16_exact and rows <= 1 << 16 else _wide
     return SparseFactor(
         out_features=shard.out_range[1] - shard.out_range[0],
         in_features=shard.in_range[1] - shard.in_range[0],
         out_offset=shard.out_offset,
-        coef=np.ascontiguousarray(coef, dtype=np.float32),
+        coef=np.ascontiguousarray(factors.coef, dtype=np.float32),
         v_start=v.start,
         u_start=u.start,
         v_entries=encode(v),
@@ -123,61 +89,25 @@ def changed_rows(
     values = artifact.array(f"{name}::row_delta")
     if f"{name}::row_scale" in artifact.slots:
         return index, values.copy(), artifact.array(f"{name}::row_scale").copy()
-    return index, _decoded(values)[0] if values.dtype == np.uint16 else values.copy(), None
+    return (
+        index,
+        decoded(values, artifact.slots[f"{name}::row_delta"].dtype)[0] if values.dtype == np.uint16 else values.copy(),
+        None,
+    )
 
 
 def raw_delta(artifact: Artifact, name: str) -> npt.NDArray[np.float32]:
     """A "raw" record as fp32, in its own shape and memory."""
-    return _decoded(artifact.array(f"{name}::delta"))[0].copy()
+    key = f"{name}::delta"
+    return decoded(artifact.array(key), artifact.slots[key].dtype)[0].copy()
 
 
-def _impart_columns(
-    artifact: Artifact, name: str, record: Record, masks: MaskSource
-) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
-    seed = layer_seed(artifact.manifest.seed, name)
-    columns = []
-    for side, (label, num_rows) in enumerate(zip("uv", record.shape, strict=True)):
-        keep = artifact.array(f"{name}::keep_{label}").astype(np.int32)
-        values, exact = _decoded(artifact.array(f"{name}::{label}_vals"))
-        rows = masks(seed, side, num_rows, keep)
-        start = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
-        columns.append(_Columns(start, rows.astype(np.int64), values, exact))
-    return columns[0], columns[1], artifact.array(f"{name}::coef")
-
-
-def _lowrank_columns(artifact: Artifact, name: str) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
-    a, b = artifact.array(f"{name}::a"), artifact.array(f"{name}::b")  # [r, n], [m, r]
-    rank = a.shape[0]
-    columns = []
-    for matrix in (np.ascontiguousarray(b.T), a):
-        values, exact = _decoded(matrix.reshape(-1))
-        start = np.arange(rank + 1, dtype=np.int64) * matrix.shape[1]
-        columns.append(_Columns(start, np.tile(np.arange(matrix.shape[1]), rank), values, exact))
-    return columns[0], columns[1], np.ones(rank, dtype=np.float32)
-
-
-def _raw_columns(artifact: Artifact, name: str) -> tuple[_Columns, _Columns, npt.NDArray[np.float32]]:
-    """A dense delta [m, n] is itself times the identity: U holds its columns, V one 1 in each."""
-    values, exact = _decoded(np.ascontiguousarray(artifact.array(f"{name}::delta").T).reshape(-1))
-    rows, rank = artifact.records[name].shape
-    u = _Columns(np.arange(rank + 1, dtype=np.int64) * rows, np.tile(np.arange(rows), rank), values, exact)
-    ones = np.ones(rank, dtype=np.float32)
-    return u, _Columns(np.arange(rank + 1, dtype=np.int64), np.arange(rank), ones, True), ones
-
-
-def _decoded(stored: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.float32], bool]:
-    """Values as fp32, and whether bf16 holds each of them exactly. Stored uint16 is a bf16 bit pattern."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32), True
-    return stored.astype(np.float32), stored.dtype == np.int8
-
-
-def _packed(columns: _Columns) -> npt.NDArray[np.uint32]:
+def _packed(columns: Columns) -> npt.NDArray[np.uint32]:
     values = np.ascontiguousarray(columns.values)
     return values.view(np.uint32) | columns.rows.astype(np.uint32)
 
 
-def _wide(columns: _Columns) -> npt.NDArray[np.void]:
+def _wide(columns: Columns) -> npt.NDArray[np.void]:
     entries = np.empty(len(columns.rows), dtype=WIDE_ENTRY)
     entries["value"], entries["row"] = columns.values, columns.rows
     return entries

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import torch
 
 from compressors.errors import BudgetError
 from compressors.masks import factor_rows, layer_seed
+from compressors.values import VALUE_DTYPES, Bits, encode_values
 
 Rule = Literal["exact", "attention", "mlp"]
 ConfigRule = Literal["exact", "released"]
@@ -98,6 +99,30 @@ def _check_settings(ratio: float, beta: float, c: float) -> None:
         raise BudgetError(f"c must be a number >= 0, got {c}")
 
 
+def check_bytes_ratio(bytes_ratio: float | None) -> None:
+    """Raises BudgetError."""
+    if bytes_ratio is not None and not 1 <= bytes_ratio < float("inf"):
+        raise BudgetError(f"bytes_ratio must be a number >= 1, got {bytes_ratio}")
+
+
+def check_value_dtype(value_dtype: str) -> None:
+    """Raises BudgetError."""
+    if value_dtype not in VALUE_DTYPES:
+        raise BudgetError(f"unknown value dtype {value_dtype!r}; one of {', '.join(VALUE_DTYPES)}")
+
+
+def check_rows_dtype(rows_dtype: str) -> None:
+    """Raises BudgetError."""
+    if rows_dtype not in ("int8", "fp16"):
+        raise BudgetError(f"unknown rows dtype {rows_dtype!r}; one of int8, fp16")
+
+
+def check_seed(seed: int) -> None:
+    """Raises BudgetError."""
+    if not 0 <= seed < 1 << 64:
+        raise BudgetError(f"seed must be in [0, 2^64), got {seed}")
+
+
 def _sparsity(shape: tuple[int, int], ratio: float, beta: float, rule: Rule) -> tuple[float, float]:
     """(a, b): sparsity of each factor averaged over all N columns, and the share of columns pruned beforehand."""
     overall = 1 - 1 / ratio
@@ -130,6 +155,7 @@ class SparseFactors:
     keep_v: npt.NDArray[np.int32]
     u_vals: npt.NDArray[np.generic]  # bf16 as uint16 bit patterns
     v_vals: npt.NDArray[np.generic]
+    bits: Bits = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +185,11 @@ def decompose(delta: torch.Tensor) -> Spectrum:
     return Spectrum(u * sign, s, vt * sign[:, None])
 
 
+def kept_counts(drops: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.int32]:
+    """Entries that each column of a factor with so many rows keeps."""
+    return (rows - (rows * drops).astype(np.int64)).astype(np.int32)
+
+
 def sparsify(
     spectrum: Spectrum, drops: Sequence[float], name: str, seed: int, value_dtype: str, rescale: str = "exact"
 ) -> SparseFactors:
@@ -172,42 +203,27 @@ def sparsify(
     key = layer_seed(seed, name)
     for f, columns in enumerate((spectrum.u[:, :rank].T, spectrum.vt[:rank])):
         rows = columns.shape[1]
-        keep = (rows - (rows * drop).astype(np.int64)).astype(np.int32)
+        keep = kept_counts(drop, rows)
         kept = columns.numpy()[np.repeat(np.arange(rank), keep), factor_rows(key, f, rows, keep)]
-        stored, column_scale = encode_values(kept * np.float32(np.sqrt(rows)), keep, value_dtype)
+        stored = encode_values(kept * np.float32(np.sqrt(rows)), keep, value_dtype)
         grow = rows / keep if rescale == "exact" else 1 / (1 - drop)
-        scale *= column_scale * grow / np.sqrt(rows)
+        scale *= stored.step * grow / np.sqrt(rows)
         sides.append(stored)
         keeps.append(keep)
-    return SparseFactors(scale.astype(np.float32), keeps[0], keeps[1], sides[0], sides[1])
-
-
-def encode_values(
-    values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], value_dtype: str
-) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
-    """Values of one factor, column after column, in their stored dtype, and the scale that each column's values need."""
-    ones = np.ones(len(keep))
-    if value_dtype == "fp16":
-        return values.astype(np.float16), ones
-    if value_dtype == "bf16":
-        bits = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        return bits, ones
-    if value_dtype == "int8":
-        starts = np.concatenate([[0], np.cumsum(keep)[:-1]])
-        largest = np.maximum.reduceat(np.abs(values), starts).astype(np.float64)
-        step = np.where(largest > 0, largest, 1.0) / 127
-        return np.rint(values / np.repeat(step, keep)).astype(np.int8), step
-    raise BudgetError(f"unknown value dtype {value_dtype!r}; one of fp16, bf16, int8")
+    return SparseFactors(scale.astype(np.float32), keeps[0], keeps[1], sides[0].array, sides[1].array, sides[0].bits)
 
 
 @dataclass(frozen=True)
 class ImPartConfig:
     """Settings of one compression. The defaults are the paper's choice at ratio 32, with int8 values.
 
+    `ratio` counts surviving values, as the paper does. `bytes_ratio` counts every byte that a projection takes, and goes before it.
     `rule`: "exact" meets `ratio` for every shape; "released" is the authors' pair of rules, one for attention and one for the rest.
     """
 
+    method: ClassVar[str] = "impart"
     ratio: float = 32.0
+    bytes_ratio: float | None = None
     beta: float = 0.6
     c: float = 1.0
     rule: ConfigRule = "exact"
@@ -221,14 +237,14 @@ class ImPartConfig:
         _check_settings(self.ratio, self.beta, self.c)
         if self.rule not in ("exact", "released"):
             raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
-        if self.value_dtype not in ("fp16", "bf16", "int8"):
-            raise BudgetError(f"unknown value dtype {self.value_dtype!r}; one of fp16, bf16, int8")
-        if self.rows_dtype not in ("int8", "fp16"):
-            raise BudgetError(f"unknown rows dtype {self.rows_dtype!r}; one of int8, fp16")
+        check_bytes_ratio(self.bytes_ratio)
+        if self.bytes_ratio is not None and self.rule != "exact":
+            raise BudgetError("bytes_ratio needs the rule exact: the released rules count values")
+        check_value_dtype(self.value_dtype)
+        check_rows_dtype(self.rows_dtype)
         if self.rescale not in ("exact", "released"):
             raise BudgetError(f"unknown rescale {self.rescale!r}; one of exact, released")
-        if not 0 <= self.seed < 1 << 64:
-            raise BudgetError(f"seed must be in [0, 2^64), got {self.seed}")
+        check_seed(self.seed)
 
     def rule_for(self, name: str) -> Rule:
         """The allocator's rule for one projection."""

@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from compressors.artifact import Artifact
 from compressors.layout import stored_name
 from compressors.ratios import recount
@@ -33,7 +35,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         kind.values += math.prod(record.shape)
         kind.nbytes += sum(artifact.array(f"{name}::{key}").nbytes for key in record.sha256)
         if record.kind == "impart":
-            kept = artifact.array(f"{name}::u_vals").size + artifact.array(f"{name}::v_vals").size
+            kept = sum(int(artifact.array(f"{name}::keep_{side}").sum(dtype=np.int64)) for side in "uv")
             kind.ranks.append(record.rank)
             kind.densities.append(kept / (record.rank * sum(record.shape)))
     tally = recount(artifact)
@@ -73,8 +75,7 @@ def text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['file']}: {found['bytes']:,} bytes, method {found['method']}, {found['architecture']}",
         f"base       {found['base_name']}  {found['base_fingerprint']}",
-        f"settings   ratio {found['ratio']:g}, beta {found['beta']:g}, c {found['c']:g}, rule {found['rule']}, "
-        f"values {found['value_dtype']}, masks {found['mask']} (seed {found['seed']})",
+        f"settings   {_settings(found)}, masks {found['mask']} (seed {found['seed']})",
         f"ratios     {_x(ratios['values'])} by surviving values, {_x(ratios['projection_bytes'])} by bytes of the projections, "
         f"{_x(ratios['whole_file'])} whole file against the dense fine-tune",
         "",
@@ -85,6 +86,13 @@ def text(found: dict[str, Any]) -> str:
         density = "" if row["density"] is None else f"{row['density']:.3f}"
         lines.append(f"{row['kind']:34} {row['tensors']:>7} {row['bytes']:>12,} {rank:>11} {density:>8}")
     return "\n".join(lines)
+
+
+def _settings(found: dict[str, Any]) -> str:
+    """Those that the method has."""
+    names = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype")
+    told = [(name, found[name]) for name in names if found[name] is not None]
+    return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in told)
 
 
 def _x(ratio: float | None) -> str:

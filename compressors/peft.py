@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from compressors.artifact import Array, Manifest, Ratios, TokenizerInfo
 from compressors.compress import store
-from compressors.encode import Encoded, encode_raw, encode_rows
+from compressors.encode import encode_raw, encode_rows
 from compressors.errors import CheckpointError
 from compressors.fingerprint import fingerprint
 from compressors.layout import HEAD, Part, input_table, is_buffer, is_embedding, projection_parts
 from compressors.pairing import tied_to
 from compressors.ratios import Tally
+from compressors.record import Encoded
 from compressors.tensors import Checkpoint
 from compressors.writer import ArtifactWriter
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from compressors.artifact import Array, Artifact
 from compressors.layout import is_projection
-
-_VALUES = ("u_vals", "v_vals", "a", "b", "delta")
 
 
 @dataclass
@@ -36,7 +36,15 @@ class Tally:
         if "#" in name or is_projection(name, len(shape)):
             self.projection_values += count
             self.projection_bytes += sum(array.nbytes for array in arrays.values())
-            self.kept_values += sum(array.size for key, array in arrays.items() if key in _VALUES)
+            self.kept_values += kept_values(arrays, count)
+
+
+def kept_values(arrays: Mapping[str, Array], count: int) -> int:
+    """Surviving values of one projection with `count` entries; a sign is one, whatever its width."""
+    if "signs" in arrays:
+        return count
+    counts = [arrays[key].sum(dtype=np.int64) for key in ("keep_u", "keep_v", "count") if key in arrays]
+    return int(sum(counts)) or sum(arrays[key].size for key in ("a", "b", "delta") if key in arrays)
 
 
 def recount(artifact: Artifact) -> Tally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,23 @@ import numpy as np
 
 from compressors.artifact import Array, Artifact, Manifest, Record
 from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
+from compressors.factors import read_rows, read_values, spread
 from compressors.layout import is_buffer, stored_name
+from compressors.packing import WIDTHS
 
-KNOWN_METHODS = ("impart", "lora")
+KNOWN_METHODS = ("impart", "lowrank", "dare", "bitdelta", "lora")
 MAX_TEMPLATE_BYTES = 256 << 10
 _ARRAYS = {
     "zero": (),
     "impart": ("coef", "keep_u", "keep_v", "u_vals", "v_vals"),
     "lowrank": ("a", "b"),
+    "sparse": ("count", "scale", "vals"),
+    "signs": ("signs", "scale"),
     "raw": ("delta",),
     "rows": ("row_idx", "row_delta"),
 }
+_MASKS = ("seeded", "bitmask", "gap8")
+_PACKED = ("int4", "mixed")  # value dtypes that are u8 in the file, with `bits` in the records
 _VALUE_SLOTS = {"fp16": "F16", "bf16": "BF16", "int8": "I8"}
 _FLOAT_SLOTS = ("F32", "F16", "BF16")
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
@@ -77,12 +83,13 @@ def verify(
 
 
 def _check_settings(manifest: Manifest) -> None:
-    if manifest.mask != "seeded":
-        raise ArtifactError(f"mask {manifest.mask!r} is unknown; this version reads seeded masks")
+    if manifest.mask not in _MASKS:
+        raise ArtifactError(f"mask {manifest.mask!r} is unknown; one of {', '.join(_MASKS)}")
     if not 0 <= manifest.seed < 1 << 64:
         raise ArtifactError(f"seed {manifest.seed} is outside [0, 2^64)")
-    if manifest.value_dtype not in _VALUE_SLOTS:
-        raise ArtifactError(f"value_dtype {manifest.value_dtype!r} is unknown; one of {', '.join(_VALUE_SLOTS)}")
+    if manifest.value_dtype not in (None, *_VALUE_SLOTS, *_PACKED):
+        known = ", ".join((*_VALUE_SLOTS, *_PACKED))
+        raise ArtifactError(f"value_dtype {manifest.value_dtype!r} is unknown; one of {known}")
 
 
 def _check_template(manifest: Manifest) -> None:
@@ -137,7 +144,8 @@ def _part_values(records: Mapping[str, Record]) -> dict[str, int]:
 
 
 def _check_keys(artifact: Artifact) -> None:
-    expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _keys(record)}
+    mask = artifact.manifest.mask
+    expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _arrays(record, mask)}
     missing, extra = expected - set(artifact.slots), set(artifact.slots) - expected
     if missing:
         raise ArtifactError(f"the array {min(missing)} is missing ({len(missing)} arrays)")
@@ -145,46 +153,86 @@ def _check_keys(artifact: Artifact) -> None:
         raise ArtifactError(f"the array {min(extra)} belongs to no record ({len(extra)} arrays)")
 
 
-def _keys(record: Record) -> tuple[str, ...]:
-    """Arrays of a record; rows in int8 have a scale beside them."""
+def _arrays(record: Record, manifest_mask: str) -> tuple[str, ...]:
+    """The arrays that a record must have."""
+    written_out = record.kind == "impart" and (record.mask or manifest_mask) != "seeded"
     scaled = record.kind == "rows" and "row_scale" in record.sha256
-    return (*_ARRAYS[record.kind], "row_scale") if scaled else _ARRAYS[record.kind]
+    return _ARRAYS[record.kind] + (("mask_u", "mask_v") if written_out else ()) + (("row_scale",) if scaled else ())
 
 
 def _check_record(artifact: Artifact, name: str, record: Record) -> None:
     if any(extent < 1 for extent in record.shape) or not record.shape:
         raise ArtifactError(f"{name}: shape {list(record.shape)} has no elements")
-    for key in _keys(record):
+    for key in _arrays(record, artifact.manifest.mask):
         array = artifact.array(f"{name}::{key}")
         if hashlib.sha256(array.tobytes()).hexdigest() != record.sha256.get(key):
             raise ArtifactError(f"{name}: the bytes of {key} do not match their digest; the file is damaged")
         _check_finite(f"{name}::{key}", artifact.slots[f"{name}::{key}"].dtype, array)
-    if record.kind == "impart":
-        _check_impart(artifact, name, record)
-    elif record.kind == "lowrank":
-        _check_lowrank(artifact, name, record)
-    elif record.kind == "raw":
-        _expect(artifact, f"{name}::delta", record.shape, _FLOAT_SLOTS)
-    elif record.kind == "rows":
-        _check_rows(artifact, name, record)
+    check = _CHECKS.get(record.kind)
+    if check is not None:
+        check(artifact, name, record)
 
 
 def _check_impart(artifact: Artifact, name: str, record: Record) -> None:
     rank = record.rank
-    if len(record.shape) != 2 or not 1 <= rank <= min(record.shape):
+    _expect_matrix(name, record)
+    if rank < 1 or (record.mask in (None, "seeded") and rank > min(record.shape)):  # a merged delta's may be larger
         raise ArtifactError(f"{name}: rank {rank} does not fit the shape {list(record.shape)}")
     _expect(artifact, f"{name}::coef", (rank,), ("F32",))
-    for label, rows in zip("uv", record.shape, strict=True):
+    for side, (label, rows) in enumerate(zip("uv", record.shape, strict=True)):
         _expect(artifact, f"{name}::keep_{label}", (rank,), ("I32",))
         keep = artifact.array(f"{name}::keep_{label}")
         if keep.min() < 1 or keep.max() > rows:
             raise ArtifactError(f"{name}: keep_{label} must lie in 1..{rows}, found {keep.min()}..{keep.max()}")
-        count = int(keep.sum(dtype=np.int64))
-        _expect(artifact, f"{name}::{label}_vals", (count,), (_VALUE_SLOTS[artifact.manifest.value_dtype],))
+        _check_values(artifact, name, f"{label}_vals", record, keep)
+        if (record.mask or artifact.manifest.mask) != "seeded":
+            _expect_bytes(artifact, f"{name}::mask_{label}")
+            read_rows(artifact, name, side, record, keep)
+
+
+def _check_values(artifact: Artifact, name: str, label: str, record: Record, keep: Array) -> None:
+    """Values of one factor: as many as are kept, of the record's width; packed ones without a bit behind the last."""
+    key = f"{name}::{label}"
+    if not record.bits:
+        slots = [_VALUE_SLOTS[dtype] for dtype in (artifact.manifest.value_dtype,) if dtype in _VALUE_SLOTS]
+        _expect(artifact, key, (int(keep.sum(dtype=np.int64)),), tuple(slots) or tuple(_VALUE_SLOTS.values()))
+        return
+    for columns, width in record.bits:
+        if width not in WIDTHS or columns < 1:
+            raise ArtifactError(f"{name}: bits {record.bits} must be runs of columns with a width of {WIDTHS}")
+    _expect_bytes(artifact, key)
+    read_values(artifact, name, label, record, keep)
+
+
+def _check_sparse(artifact: Artifact, name: str, record: Record) -> None:
+    _expect_matrix(name, record)
+    _expect(artifact, f"{name}::count", (1,), ("I32",))
+    _expect(artifact, f"{name}::scale", (1,), ("F32",))
+    count, (rows, columns) = int(artifact.array(f"{name}::count")[0]), record.shape
+    if not columns <= count <= rows * columns:
+        raise ArtifactError(f"{name}: count must lie in {columns}..{rows * columns}, found {count}")
+    if (record.mask or artifact.manifest.mask) != "seeded":
+        raise ArtifactError(f"{name}: a sparse record needs seeded masks, not {record.mask or artifact.manifest.mask}")
+    _check_values(artifact, name, "vals", record, spread(count, columns))
+
+
+def _check_signs(artifact: Artifact, name: str, record: Record) -> None:
+    _expect_matrix(name, record)
+    count = math.prod(record.shape)
+    _expect(artifact, f"{name}::signs", ((count + 7) // 8,), ("U8",))
+    if count % 8 and artifact.array(f"{name}::signs")[-1] >> (count % 8):
+        raise ArtifactError(f"{name}::signs has bits behind its {count} entries")
+    scale = artifact.slots[f"{name}::scale"].shape
+    _expect(artifact, f"{name}::scale", (1,) if scale == (1,) else (record.shape[0],), ("F32",))
+
+
+def _check_raw(artifact: Artifact, name: str, record: Record) -> None:
+    _expect(artifact, f"{name}::delta", record.shape, _FLOAT_SLOTS)
 
 
 def _check_lowrank(artifact: Artifact, name: str, record: Record) -> None:
-    if len(record.shape) != 2 or not 1 <= record.rank <= min(record.shape):
+    _expect_matrix(name, record)
+    if not 1 <= record.rank <= min(record.shape):
         raise ArtifactError(f"{name}: rank {record.rank} does not fit the shape {list(record.shape)}")
     _expect(artifact, f"{name}::a", (record.rank, record.shape[1]), _FLOAT_SLOTS)
     _expect(artifact, f"{name}::b", (record.shape[0], record.rank), _FLOAT_SLOTS)
@@ -197,8 +245,32 @@ def _check_rows(artifact: Artifact, name: str, record: Record) -> None:
     _expect(artifact, f"{name}::row_delta", (len(index), *record.shape[1:]), ("I8",) if scaled else _FLOAT_SLOTS)
     if scaled:
         _expect(artifact, f"{name}::row_scale", (len(index),), ("F32",))
-    if len(index) and (index[0] < 0 or index[-1] >= record.shape[0] or (np.diff(index) <= 0).any()):
+    if not len(index):
+        raise ArtifactError(f"{name}: row_idx is empty; an unchanged table is stored as zero")
+    if index[0] < 0 or index[-1] >= record.shape[0] or (np.diff(index) <= 0).any():
         raise ArtifactError(f"{name}: row_idx must rise strictly within 0..{record.shape[0] - 1}")
+
+
+_CHECKS: dict[str, Callable[[Artifact, str, Record], None]] = {
+    "impart": _check_impart,
+    "lowrank": _check_lowrank,
+    "sparse": _check_sparse,
+    "signs": _check_signs,
+    "raw": _check_raw,
+    "rows": _check_rows,
+}
+
+
+def _expect_matrix(name: str, record: Record) -> None:
+    if len(record.shape) != 2:
+        raise ArtifactError(f"{name}: a record of kind {record.kind} is a matrix, its shape is {list(record.shape)}")
+
+
+def _expect_bytes(artifact: Artifact, key: str) -> None:
+    """A row of bytes of any length: what it must be is told by what it encodes."""
+    slot = artifact.slots[key]
+    if slot.dtype != "U8" or len(slot.shape) != 1:
+        raise ArtifactError(f"{key} must be a row of bytes (U8), found {slot.dtype} {list(slot.shape)}")
 
 
 def _expect(artifact: Artifact, key: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from compressors.artifact import Artifact
 from compressors.base import DEFAULT_BASE, default_base
+from compressors.compress import compress
 from compressors.impart import ImPartConfig
 from compressors.inspect import summary
-from compressors.methods import METHODS
 from trainers.evaluate import Success, answers, check, decompressed, load_model
 from trainers.recipe import CompressRecipe, Recipe, load_recipe
 from trainers.sft import train_sft
@@ -68,7 +68,7 @@ def compress_run(recipe: CompressRecipe, base: Path, model: Path, file: Path) ->
         value_dtype=recipe.value_dtype,
         seed=recipe.seed,
     )
-    METHODS["impart"](base, model, file, config, None, True)
+    compress(base, model, file, config, progress=True)
 
 
 def _demo(recipe: Recipe, folder: Path, base: Path, out: Path, run_folder: Path) -> tuple[dict[str, Any], list[str]]:

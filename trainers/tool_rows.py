@@ -29,7 +29,7 @@ from trainers.tool_world import (
 )
 
 TRAINED_SUMS = {2: 160}  # besides all of size 1
-ASKED_SUMS = {1: 120, 2: 120, 3: 120, 4: 120}  # of the tasks; their first ones are held out for the check
+ASKED_SUMS = {1: 120, 2: 40, 3: 40, 4: 40}  # of the tasks; some of them are held out for the check
 MESSAGES = ("Send {to} a message: {text}", "Tell {to} that {text}", "Write to {to}: {text}")
 HELD_OUT_MESSAGE = "Message {to}: {text}"
 _PEOPLE = ("Agnes", "Bernard", "Camille", "Dorian", "Esther", "Francis", "Gerda", "Howard", "Isabel", "Jacob")

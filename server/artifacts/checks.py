@@ -39,7 +39,7 @@ def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = ()) -> Check[De
             created=int(time.time()),
             method=manifest.method,
             base_fingerprint=manifest.base_fingerprint,
-            ratio=manifest.ratio,
+            ratio=manifest.bytes_ratio or manifest.ratio,
             checks=report.checks,
             chat_template=manifest.tokenizer.chat_template or "",
             stop_ids=() if set(stop_ids) == set(base_stop_ids) else stop_ids,

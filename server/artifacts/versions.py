@@ -22,7 +22,7 @@ class DeltaVersion(Version):
 
     method: str
     base_fingerprint: str
-    ratio: float
+    ratio: float | None
     checks: tuple[str, ...]
     chat_template: str = ""
     stop_ids: tuple[int, ...] = ()

@@ -196,7 +196,9 @@ def fake_verify(path: Path) -> Report:
         raise ArtifactError("the header is cut off; upload the file again")
     if content.startswith(b"foreign"):
         raise BaseMismatchError("made for another base")
-    manifest = SimpleNamespace(method="impart", base_fingerprint="sha256:ba5e", ratio=32.0, tokenizer=TokenizerInfo())
+    manifest = SimpleNamespace(
+        method="impart", base_fingerprint="sha256:ba5e", ratio=32.0, bytes_ratio=None, tokenizer=TokenizerInfo()
+    )
     return Report(hashlib.sha256(content).hexdigest(), len(content), manifest, ("structure",))
 
 

@@ -17,7 +17,8 @@ import torch
 
 from compressors.artifact import Artifact
 from compressors.errors import DeltaError
-from compressors.execution import MaskSource, SparseFactor, native_masks, outside_projections, sparse_factor
+from compressors.execution import SparseFactor, native_masks, outside_projections, sparse_factor
+from compressors.factors import MaskSource
 from compressors.kernels.build import KernelUnavailableError
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.kernels.torch_csr import TorchCsr
