@@ -70,7 +70,6 @@ class FakeEngine:
         self.edit_unloads: list[str] = []
         self.edit_error: Exception | None = None
         self.asked: list[EngineEdit | None] = []
-        self.row_ids: list[str] = []
         self.score: float | None = 0.5
         self.spoil: Callable[[EditReport], EditReport | None] = lambda report: report
         self._reports: dict[str, EditReport] = {}
@@ -93,7 +92,6 @@ class FakeEngine:
         self.calls.append((list(ids), sampling, delta, salt))
         self.rows.append(request_id)
         self.asked.append(edit)
-        self.row_ids.append(request_id)
         said = self.script(request_id)
         if edit is not None:
             assert edit.fingerprint in self.edits

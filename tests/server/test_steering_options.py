@@ -121,7 +121,7 @@ async def test_an_edit_that_the_engine_leaves_out_is_answered_plainly_by_other_r
     response = await client.post(COMPLETIONS, json=text(["abc", "abcdef"], steering=IGNORE, stream=stream))
     assert response.status_code == 200, response.text
     assert [edit is None for edit in house.engine.asked] == [False, False, True, True]
-    assert len(set(house.engine.row_ids)) == 4
+    assert len(set(house.engine.rows)) == 4
     shown = (frames(response)[-2] if stream else response.json())["gateway"]
     assert (shown["steering"]["applied"], shown["steering"]["layers"]) == (False, [])
     assert [warning["code"] for warning in shown["warnings"]] == ["not_steered"]
