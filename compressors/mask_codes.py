@@ -84,7 +84,7 @@ def _gaps(rows: Rows, keep: npt.NDArray[np.integer], num_rows: int) -> npt.NDArr
 
 def _from_gaps(data: npt.NDArray[np.uint8], keep: npt.NDArray[np.int64], num_rows: int) -> Rows:
     ends = np.flatnonzero(data != _ESCAPE)
-    if len(ends) != keep.sum() or (len(data) and ends[-1:] != len(data) - 1):
+    if len(ends) != keep.sum() or (len(data) and data[-1] == _ESCAPE):
         raise ArtifactError(f"a gap8 mask gives {len(ends)} rows, but its columns keep {int(keep.sum())}")
     if not len(ends):
         return np.empty(0, dtype=np.int32)

@@ -83,3 +83,8 @@ def test_the_layout_of_masks():
 def test_a_damaged_mask_is_refused(code, data, word):
     with pytest.raises(ArtifactError, match=word):
         decode_mask(code, np.array(data, dtype=np.uint8), np.array([1]), 5)
+
+
+def test_escapes_without_a_row_are_refused():
+    with pytest.raises(ArtifactError, match="gives 0 rows, but its columns keep 0"):
+        decode_mask("gap8", np.array([255], dtype=np.uint8), np.array([4, 4]), 4)
