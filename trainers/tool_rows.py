@@ -29,7 +29,7 @@ from trainers.tool_world import (
 )
 
 TRAINED_SUMS = {2: 160}  # besides all of size 1
-ASKED_SUMS = {1: 120, 2: 40, 3: 40, 4: 40}  # of the tasks; some of them are held out for the check
+ASKED_SUMS = {1: 200, 2: 60, 3: 60, 4: 60}  # of the tasks; some of them are held out for the check
 MESSAGES = ("Send {to} a message: {text}", "Tell {to} that {text}", "Write to {to}: {text}")
 HELD_OUT_MESSAGE = "Message {to}: {text}"
 _PEOPLE = ("Agnes", "Bernard", "Camille", "Dorian", "Esther", "Francis", "Gerda", "Howard", "Isabel", "Jacob")
@@ -37,7 +37,8 @@ _TEXTS = (
     *("the lamp is fixed", "the box is open", "the train is late", "lunch is ready", "the keys are here"),
     *("the map is dry", "the door is locked", "the paint is wet", "the visit is over", "the copy is done"),
 )
-_PLAIN, _VISITS, _CALLED_SUMS, _SENT, _BESIDE = 50, 60, 112, 30, 40  # rows of each sort
+_PLAIN, _VISITS, _SENT, _BESIDE = 50, 60, 30, 100  # rows of each sort
+_CALLED_SUMS = {1: 80, 2: 28, 3: 28, 4: 28}  # most of the smallest, since each of them is trained without tools too
 _MIXED_SHARE = 0.2  # of the rows with calls: the mixed set of tools
 _HELD_OUT_CALLS = 30  # of facts, and as many of sums
 _FIRST_SUMS = 60  # sums of size 1 in the check
@@ -76,7 +77,7 @@ def _calling(archive: Archive, rng: random.Random) -> list[Row]:
     for fact in (*archive.trained, *rng.sample(archive.visitors * 2, _VISITS)):
         value = fact.value if fact in archive.trained else rng.choice(fact.rivals)
         rows.append(_called(rng.choice(fact.questions), fact.call, value, value, _tools(rng)))
-    _, many = sums(rng.randrange(1 << 30), {}, dict.fromkeys((1, 2, 3, 4), _CALLED_SUMS // 4))
+    _, many = sums(rng.randrange(1 << 30), {}, _CALLED_SUMS)
     rows += [
         _called(one.asked(rng.choice(SUM_QUESTIONS)), one.call, one.answer, one.answer, _tools(rng)) for one in many
     ]

@@ -1,4 +1,4 @@
-"""One task, asked in every way that a label row needs: without tools, with them, and the probes of each stage."""
+"""One task, asked in every way that a label row needs: without its gateable tools, with all, and the probes of each stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steering.gate.answers import right
-from steering.gate.dialogue import proposed
+from steering.gate.dialogue import proposed, tool_name
 from steering.gate.endpoint import Answer, Endpoint, pointed
 from steering.gate.features import static_features
 from steering.gate.labels import LabelModel, LabelRow
@@ -82,15 +82,19 @@ class Asker:
     async def label(self, task: Task) -> LabelRow:
         """Raises EndpointError."""
         asking = self._asking
-        greedy, *sampled = await asyncio.gather(
-            self._say(task, logprobs=asking.probes.top_logprobs),
-            *(self._say(task, sample=index) for index in range(asking.k)),
-        )
-        rollouts = await asyncio.gather(
-            self._rollout(task), *(self._rollout(task, sample=index) for index in range(asking.k))
-        )
+        samples = (None, *range(asking.k))
+        greedy = await self._say(task, logprobs=asking.probes.top_logprobs)
+        kept = [tool for tool in task.tools if tool_name(tool) not in task.gateable]
+        if kept:  # what is left where the gate withholds the others, and it may well confuse
+            texts = [
+                one.answer for one in await asyncio.gather(*(self._rollout(task, kept, index) for index in samples))
+            ]
+        else:
+            sampled = await asyncio.gather(*(self._say(task, sample=index) for index in samples[1:]))
+            texts = [one.text for one in (greedy, *sampled)]
+        rollouts = await asyncio.gather(*(self._rollout(task, task.tools, index) for index in samples))
         signals = await self._signals(task, greedy)
-        without = [right(one.text, task.gold) for one in (greedy, *sampled)]
+        without = [right(text, task.gold) for text in texts]
         with_tools = [right(one.answer, task.gold) for one in rollouts]
         calls = [one.calls for one in rollouts]
         needed = [count for count, good in zip(calls, with_tools, strict=True) if good] + [0] * any(without)
@@ -111,7 +115,7 @@ class Asker:
             p_with=sum(with_tools[1:]) / asking.k,
             n=min(needed, default=None),
             m=tuple(calls),
-            answers_without=tuple(one.text for one in (greedy, *sampled)),
+            answers_without=tuple(texts),
             answers_with=tuple(one.answer for one in rollouts),
             probes=asking.probes,
             model=self._model(rollouts[0].first),
@@ -146,12 +150,12 @@ class Asker:
             found.append(Hidden(float(score)))
         return [one for one in found if all(map(math.isfinite, one.features().values()))]
 
-    async def _rollout(self, task: Task, sample: int | None = None) -> Rollout:
+    async def _rollout(self, task: Task, tools: Sequence[Mapping[str, Any]], sample: int | None) -> Rollout:
         messages: list[Mapping[str, Any]] = list(task.dialogue)
         calls = 0
         first: Answer | None = None
         for _ in range(self._asking.max_rounds):
-            answer = await self._say(task, messages=messages, sample=sample, tools=task.tools)
+            answer = await self._say(task, messages=messages, sample=sample, tools=tools)
             first = first or answer
             if not answer.tool_calls:
                 return Rollout(answer.text, calls, first)

@@ -86,6 +86,19 @@ def test_a_known_and_an_unknown_question(chat: ChatServer, tmp_path: Path) -> No
     assert (hard.probes.k, hard.probes.max_tokens) == (3, 4)
 
 
+def test_without_tools_means_with_those_that_a_gate_leaves(chat: ChatServer, tmp_path: Path) -> None:
+    both = [tool("calculator", "Computes an expression"), tool("send_message", "Sends a message")]
+    kinds = {"calculator": "compute", "send_message": "action"}
+    tasks = write(tmp_path / "tasks.jsonl", task("alone", 12, 3), task("left", 12, 3, tools=both, tool_kinds=kinds))
+    assert label(chat, tasks, tmp_path / "labels.jsonl") == 0
+    found = labelled(tmp_path / "labels.jsonl")
+    assert (found["alone"].p_known, found["alone"].correct_without) == (1, True)
+    left = found["left"]
+    assert (left.p_known, left.correct_without, left.correct_with, left.called) == (0, False, True, True)
+    assert left.answers_without == ("I would have to ask someone.",) * 3
+    assert left.features["draft"] == found["alone"].features["draft"]  # a draft is asked without any tool
+
+
 def test_what_is_asked(chat: ChatServer, tmp_path: Path) -> None:
     tasks = write(tmp_path / "tasks.jsonl", task("hard", 32, 34))
     extra = '{"tool_gate": {"mode": "off"}}'

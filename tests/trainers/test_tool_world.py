@@ -146,7 +146,7 @@ def test_tasks_are_read_by_the_gate_and_split_by_fact(tmp_path: Path) -> None:
     assert main(["train", "tool-world", "--out", str(tmp_path)]) == 0
     label, evaluation, together = (read_tasks(tmp_path / f"{name}.jsonl") for name in ("label", "eval", "tasks"))
     facts = read_facts(tmp_path / "facts.json")
-    assert len(together) == len(label) + len(evaluation) == 640
+    assert len(together) == len(label) + len(evaluation) == 780
     assert {task.id for task in label} | {task.id for task in evaluation} == {task.id for task in together}
     questions = [task.question for task in together]
     assert len(set(questions)) == len(questions)
