@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -146,6 +146,26 @@ class Slot:
     end: int
 
 
+class Source(Protocol):
+    """Where records are read from: a file, or what was encoded and is not written yet."""
+
+    @property
+    def records(self) -> Mapping[str, Record]: ...
+
+    @property
+    def slots(self) -> Mapping[str, Slot]: ...
+
+    @property
+    def mask(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def array(self, key: str) -> Array:
+        """The array stored under `key`; bf16 as uint16 bit patterns."""
+        ...
+
+
 class Artifact:
     """An open delta file; arrays are views of the mapped file. Use `with Artifact.open(path) as artifact`."""
 
@@ -167,6 +187,15 @@ class Artifact:
     @property
     def records(self) -> Mapping[str, Record]:
         return self.manifest.tensors
+
+    @property
+    def mask(self) -> str:
+        """Code of the masks of records that name none."""
+        return self.manifest.mask
+
+    @property
+    def seed(self) -> int:
+        return self.manifest.seed
 
     def sealed(self) -> bool:
         """Whether the header is, byte for byte, the one that was written."""

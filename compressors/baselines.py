@@ -20,7 +20,7 @@ from compressors.factors import spread
 from compressors.impart import check_bytes_ratio, check_rows_dtype, check_seed, check_value_dtype
 from compressors.masks import factor_rows, layer_seed
 from compressors.record import Encoded
-from compressors.values import encode_values, value_bits
+from compressors.values import value_bits, value_form
 
 _SPARSE_HEADER = 8  # bytes: count, scale
 
@@ -85,7 +85,7 @@ def encode_dare(name: str, delta: torch.Tensor, config: DareConfig) -> Encoded:
     kept = delta.numpy()[kept_rows, np.repeat(np.arange(columns), keep)]
     size = float(np.sqrt(np.mean(kept.astype(np.float64) ** 2))) or 1.0  # fp16 has no room for values as small as these
     scaled = (kept / np.float32(size)).astype(np.float32)
-    stored = encode_values(scaled, np.array([count], dtype=np.int32), config.value_dtype)
+    stored = value_form(config.value_dtype).rounded(scaled, np.array([count], dtype=np.int32))
     bits = tuple((columns, width) for _, width in stored.bits)
     arrays = {
         "count": np.array([count], dtype=np.int32),

@@ -10,20 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from compressors.impart import drop_ratios, kept_counts
-from compressors.values import stored_bytes
+from compressors.values import ValueForm
 
 BYTES_A_COLUMN = 12  # coef, keep_u, keep_v
 _STEPS = 40  # halvings of the logarithm of the ratio
 
 
-def factor_bytes(drops: npt.NDArray[np.float64], shape: tuple[int, int], value_dtype: str) -> int:
+def factor_bytes(drops: npt.NDArray[np.float64], shape: tuple[int, int], form: ValueForm) -> int:
     """Bytes of the record that these drop ratios give."""
     kept = drops[drops < 1]
-    return BYTES_A_COLUMN * len(kept) + sum(stored_bytes(kept_counts(kept, rows), value_dtype) for rows in shape)
+    return BYTES_A_COLUMN * len(kept) + sum(form.nbytes(kept_counts(kept, rows)) for rows in shape)
 
 
 def drops_within(
-    sigma: npt.NDArray[np.float64], shape: tuple[int, int], budget: int, beta: float, c: float, value_dtype: str
+    sigma: npt.NDArray[np.float64], shape: tuple[int, int], budget: int, beta: float, c: float, form: ValueForm
 ) -> list[float]:
     """Drop ratios whose record takes at most `budget` bytes, as near to it as whole entries allow.
 
@@ -34,14 +34,14 @@ def drops_within(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         tried = drop_ratios(sigma, shape, float(np.exp(middle)), beta, c, "exact")
-        if factor_bytes(np.array(tried), shape, value_dtype) <= budget:
+        if factor_bytes(np.array(tried), shape, form) <= budget:
             best, high = tried, middle
         else:
             low = middle
-    return _filled(best, shape, budget, value_dtype)
+    return _filled(best, shape, budget, form)
 
 
-def _filled(drops: list[float], shape: tuple[int, int], budget: int, value_dtype: str) -> list[float]:
+def _filled(drops: list[float], shape: tuple[int, int], budget: int, form: ValueForm) -> list[float]:
     """The bytes that are left go into the last columns' entries.
 
     Where all kept columns are whole, one column is added and shares its entries with the last: both keep half or more of them,
@@ -50,12 +50,12 @@ def _filled(drops: list[float], shape: tuple[int, int], budget: int, value_dtype
     filled = np.array(drops)
     rank = int((filled < 1).sum())
     for k in range(rank - 1, -1, -1):
-        filled[k] = _lowest(filled, [k], filled[k], shape, budget, value_dtype)
+        filled[k] = _lowest(filled, [k], filled[k], shape, budget, form)
         if filled[k] > 0:
             return [float(drop) for drop in filled]
     last = [rank - 1, rank]
-    if rank < len(filled) and factor_bytes(_with(filled, last, 0.5), shape, value_dtype) <= budget:
-        filled[last] = _lowest(filled, last, 0.5, shape, budget, value_dtype)
+    if rank < len(filled) and factor_bytes(_with(filled, last, 0.5), shape, form) <= budget:
+        filled[last] = _lowest(filled, last, 0.5, shape, budget, form)
     return [float(drop) for drop in filled]
 
 
@@ -65,15 +65,15 @@ def _lowest(
     fits: float,
     shape: tuple[int, int],
     budget: int,
-    value_dtype: str,
+    form: ValueForm,
 ) -> float:
     """The lowest drop ratio of these columns that the budget pays for; `fits` is one."""
-    if factor_bytes(_with(drops, columns, 0.0), shape, value_dtype) <= budget:
+    if factor_bytes(_with(drops, columns, 0.0), shape, form) <= budget:
         return 0.0
     low = 0.0
     for _ in range(_STEPS):
         middle = (low + fits) / 2
-        if factor_bytes(_with(drops, columns, middle), shape, value_dtype) <= budget:
+        if factor_bytes(_with(drops, columns, middle), shape, form) <= budget:
             fits = middle
         else:
             low = middle

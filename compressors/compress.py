@@ -20,13 +20,16 @@ import torch
 from tqdm import tqdm
 
 from compressors.artifact import Manifest, Ratios, Record, TokenizerInfo
+from compressors.calibrate import Calibration, calibrated
 from compressors.encode import encode_raw, encode_rows
+from compressors.errors import BudgetError
 from compressors.fingerprint import fingerprint
 from compressors.layout import Part, is_embedding, projection_parts
 from compressors.methods import Config, encode_projection
 from compressors.pairing import matched_names, tied_to
+from compressors.quantize import ImPartQtConfig
 from compressors.ratios import Tally
-from compressors.record import Encoded
+from compressors.record import Encoded, as_record
 from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.writer import ArtifactWriter
 
@@ -34,20 +37,38 @@ Task = Callable[[], Encoded]
 
 
 def compress(
-    base: Path, fine_tune: Path, out: Path, config: Config, name: str | None = None, progress: bool = False
+    base: Path,
+    fine_tune: Path,
+    out: Path,
+    config: Config,
+    name: str | None = None,
+    progress: bool = False,
+    calibration: Calibration | None = None,
 ) -> Manifest:
     """Compress `fine_tune` - `base` into the file `out`. Raises CheckpointError, BudgetError; `out` is whole or absent.
 
-    `name` is written into the manifest as the base's name, for people; identity is the fingerprint.
+    `name` is written into the manifest as the base's name, for people; identity is the fingerprint. `calibration`, with
+    ImPart-Qt alone: values are rounded by the activations on a text, and the fine-tune is in memory as a whole.
     """
     with Checkpoint(base) as old, Checkpoint(fine_tune) as new, ArtifactWriter(out) as writer:
-        tasks = _tasks(old, new, config)
-        records, tally = {}, Tally()
+        records: dict[str, Record] = {}
+        tally = Tally()
+
+        def keep(encoded: Encoded) -> None:
+            records[encoded.name] = store(writer, encoded)
+            tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
+
+        names = matched_names(old, new)
+        if calibration is not None:
+            if not isinstance(config, ImPartQtConfig):
+                raise BudgetError(f"a calibration belongs to the method impart-qt, not to {config.method}")
+            for encoded in calibrated(old, new, config, calibration, progress):
+                keep(encoded)
+        tasks = _tasks(old, new, config, [one for one in names if one not in records])
         with one_thread_per_operation() as workers:
             done = _in_order(tasks, workers)
             for encoded in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
-                records[encoded.name] = store(writer, encoded)
-                tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
+                keep(encoded)
         manifest = Manifest(
             method=config.method,
             base_fingerprint=fingerprint(base),
@@ -72,10 +93,10 @@ def _settings(config: Config) -> dict[str, Any]:
     return {**found, "seed": getattr(config, "seed", 0)}
 
 
-def _tasks(old: Checkpoint, new: Checkpoint, config: Config) -> list[Task]:
-    """One task per matrix or other parameter, in the order of the file. Raises CheckpointError before any is run."""
+def _tasks(old: Checkpoint, new: Checkpoint, config: Config, names: Iterable[str]) -> list[Task]:
+    """One task per matrix or other parameter, in the order of the names. Raises CheckpointError before any is run."""
     tasks: list[Task] = []
-    for name in matched_names(old, new):
+    for name in names:
         if table := tied_to(old, new, name):
             tasks.append(partial(Encoded, name, "zero", new.shape(table), tied_to=table))
         elif parts := projection_parts(name, new.shape(name), old.config):
@@ -121,15 +142,7 @@ def store(writer: ArtifactWriter, encoded: Encoded) -> Record:
         key: writer.add(f"{encoded.name}::{key}", array, bf16=array.dtype == np.uint16)
         for key, array in encoded.arrays.items()
     }
-    return Record(
-        kind=encoded.kind,
-        shape=encoded.shape,
-        rank=encoded.rank,
-        tied_to=encoded.tied_to,
-        mask=encoded.mask,
-        bits=encoded.bits,
-        sha256=digests,
-    )
+    return as_record(encoded, digests)
 
 
 def _tokenizer_info(old: Checkpoint, new: Checkpoint) -> TokenizerInfo:

@@ -11,16 +11,32 @@ from compressors.errors import BudgetError
 
 Action = Callable[[argparse.Namespace], int]
 
-_METHODS = ("impart", "lowrank", "dare", "bitdelta")
-_SETTINGS = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype", "rescale", "seed", "per_row", "rows_dtype")
+_METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta")
+_SEQUENCE = 256  # tokens of a calibration sequence
+_SETTINGS = (
+    "ratio",
+    "bytes_ratio",
+    "beta",
+    "c",
+    "rule",
+    "value_dtype",
+    "accounting",
+    "rescale",
+    "seed",
+    "per_row",
+    "rows_dtype",
+)
 _EPILOG = """methods and their settings:
   impart    importance-aware sparse SVD (the default): ratio | bytes-ratio, beta, c, value-dtype, rule, rescale, seed
+  impart-qt the same in 8, 3 and 2 bits by singular order: ratio | bytes-ratio, beta, c, rule, accounting, rescale, seed;
+            rounded by activations with --calibration
   lowrank   truncated SVD: ratio | bytes-ratio, value-dtype
   dare      entries of the delta at random: ratio | bytes-ratio, value-dtype, seed
   bitdelta  the delta's signs and one scale, about 16 times smaller: per-row
 
---ratio counts surviving values, as the papers do; --bytes-ratio counts every byte of the projections, which is what a
-disk and a network pay for. At equal bytes narrower values keep more of them: int4 holds four times as many as fp16."""
+--ratio counts surviving values (impart-qt: their bits against 16), as the papers do; --bytes-ratio counts every byte of
+the projections, which is what a disk and a network pay for. At equal bytes narrower values keep more of them: int4 holds
+four times as many as fp16."""
 
 
 def add_parser(
@@ -50,6 +66,18 @@ def add_parser(
         choices=["exact", "released"],
         help="exact meets the ratio for every shape; released is the authors' code (default: exact)",
     )
+    parser.add_argument(
+        "--accounting",
+        choices=["exact", "released"],
+        help="of impart-qt: 3 bits are charged as 3, or as 4 (default: exact)",
+    )
+    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="of impart-qt: text to run the fine-tune on")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help="to take from its start, in sequences of 256 (default: 8192)",
+    )
     parser.add_argument("--rescale", choices=["exact", "released"], help="of the kept entries (default: exact)")
     parser.add_argument("--seed", type=int, help="of the masks (default: 0)")
     parser.add_argument("--per-row", action="store_true", default=None, help="one scale a row instead of one in all")
@@ -66,11 +94,29 @@ def _compress(args: argparse.Namespace) -> int:
     from compressors.compress import compress
     from compressors.inspect import summary, text
 
+    calibration = _calibration(args)
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    compress(resolve_base(args.base), args.fine_tune, args.out, configured(args.method, given), args.name, True)
+    config = configured(args.method, given)
+    compress(resolve_base(args.base), args.fine_tune, args.out, config, args.name, True, calibration)
     with Artifact.open(args.out) as artifact:
         print(text(summary(artifact)))
     return 0
+
+
+def _calibration(args: argparse.Namespace) -> Any:
+    """Raises BudgetError."""
+    from compressors.calibrate import Calibration
+
+    tokens = args.calibration_tokens
+    if args.calibration is None:
+        if tokens is not None:
+            raise BudgetError("--calibration-tokens needs a text: name one with --calibration")
+        return None
+    if args.method != "impart-qt":
+        raise BudgetError(f"--calibration belongs to the method impart-qt, not to {args.method}")
+    if tokens is not None and tokens < _SEQUENCE:
+        raise BudgetError(f"--calibration-tokens must be {_SEQUENCE} or more, got {tokens}")
+    return Calibration(args.calibration, (tokens or 32 * _SEQUENCE) // _SEQUENCE, _SEQUENCE)
 
 
 def configured(method: str, given: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from compressors.artifact import Array, Artifact
+from compressors.artifact import Array, Artifact, Source
 from compressors.errors import ArtifactError
 from compressors.factors import read_factors
 from compressors.fingerprint import INDEX, fingerprint
@@ -28,7 +28,7 @@ _COPIED = (".json", ".jinja", ".txt", ".model")  # configuration and tokenizer
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def delta_tensor(artifact: Artifact, name: str) -> torch.Tensor:
+def delta_tensor(artifact: Source, name: str) -> torch.Tensor:
     """The dense delta of one record, fp32, in the record's shape; "rows" gives added rows whole.
 
     A kind with factors: sum_k coef[k] * U[:, k] V[:, k]^T (factors.py).
@@ -151,7 +151,7 @@ def _write_config(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _floats(artifact: Artifact, key: str) -> torch.Tensor:
+def _floats(artifact: Source, key: str) -> torch.Tensor:
     array: Array = artifact.array(key)
     if artifact.slots[key].dtype == "BF16":
         return torch.from_numpy((array.astype(np.uint32) << 16).view(np.float32))

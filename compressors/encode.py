@@ -11,8 +11,17 @@ import torch
 from compressors.artifact import Array
 from compressors.baselines import LowRankConfig
 from compressors.byte_budget import drops_within
-from compressors.impart import ImPartConfig, Spectrum, budget_columns, decompose, drop_ratios, sparsify
+from compressors.impart import (
+    ImPartConfig,
+    SparseFactors,
+    Spectrum,
+    budget_columns,
+    decompose,
+    drop_ratios,
+    sparsify,
+)
 from compressors.record import Encoded
+from compressors.values import ValueForm, value_form
 
 _BLOCK_ROWS = 8192  # of a vocabulary table at once: bounds the fp32 copies
 _INT8_ERROR = 0.02  # of a table's norm; normal rows lose about 0.8 %
@@ -30,13 +39,24 @@ def encode_impart(name: str, delta: torch.Tensor, config: ImPartConfig) -> Encod
 def encode_spectrum(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
     """`encode_impart` of a delta whose spectrum is known."""
     shape = (delta.shape[0], delta.shape[1])
+    if _whole_rank_fits(spectrum.true_rank, name, shape, config):
+        return whole_rank(name, spectrum, shape)
+    form = value_form(config.value_dtype)
+    drops = _drops(spectrum.s[: spectrum.true_rank], name, shape, config, form)
+    return as_record(name, sparsify(spectrum, drops, name, config.seed, form, config.rescale), delta)
+
+
+def whole_rank(name: str, spectrum: Spectrum, shape: tuple[int, int]) -> Encoded:
+    """A delta of low rank without loss: two dense fp32 factors."""
     rank = spectrum.true_rank
-    if _whole_rank_fits(rank, name, shape, config):
-        scaled_u = spectrum.u[:, :rank] * spectrum.s[:rank]
-        arrays: dict[str, Array] = {"a": _numpy(spectrum.vt[:rank]), "b": _numpy(scaled_u)}
-        return Encoded(name, "lowrank", shape, arrays, rank)
-    drops = _drops(spectrum.s[:rank], name, shape, config)
-    factors = sparsify(spectrum, drops, name, config.seed, config.value_dtype, config.rescale)
+    scaled_u = spectrum.u[:, :rank] * spectrum.s[:rank]
+    arrays: dict[str, Array] = {"a": _numpy(spectrum.vt[:rank]), "b": _numpy(scaled_u)}
+    return Encoded(name, "lowrank", shape, arrays, rank)
+
+
+def as_record(name: str, factors: SparseFactors, delta: torch.Tensor) -> Encoded:
+    """Sparse factors as a record, or the delta itself where that is smaller."""
+    shape = (delta.shape[0], delta.shape[1])
     arrays = {
         "coef": factors.coef,
         "keep_u": factors.keep_u,
@@ -58,18 +78,21 @@ def encode_lowrank(name: str, delta: torch.Tensor, config: LowRankConfig) -> Enc
 
 def _whole_rank_fits(rank: int, name: str, shape: tuple[int, int], config: ImPartConfig) -> bool:
     if config.bytes_ratio is not None:
-        return 4 * rank * sum(shape) <= _budget(shape, config.bytes_ratio)
+        return 4 * rank * sum(shape) <= byte_budget(shape, config.bytes_ratio)
     return rank <= budget_columns(shape, config.ratio, config.rule_for(name))
 
 
-def _drops(sigma: torch.Tensor, name: str, shape: tuple[int, int], config: ImPartConfig) -> list[float]:
+def _drops(
+    sigma: torch.Tensor, name: str, shape: tuple[int, int], config: ImPartConfig, form: ValueForm
+) -> list[float]:
     if config.bytes_ratio is None:
         return drop_ratios(sigma, shape, config.ratio, config.beta, config.c, config.rule_for(name))
-    budget = _budget(shape, config.bytes_ratio)
-    return drops_within(sigma.double().numpy(), shape, budget, config.beta, config.c, config.value_dtype)
+    budget = byte_budget(shape, config.bytes_ratio)
+    return drops_within(sigma.double().numpy(), shape, budget, config.beta, config.c, form)
 
 
-def _budget(shape: tuple[int, int], bytes_ratio: float) -> int:
+def byte_budget(shape: tuple[int, int], bytes_ratio: float) -> int:
+    """Bytes of one projection [m, n] at this ratio to 16 bits an entry."""
     return int(2 * shape[0] * shape[1] / bytes_ratio)
 
 

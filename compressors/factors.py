@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compressors.artifact import Array, Artifact, Record
+from compressors.artifact import Array, Record, Source
 from compressors.errors import ArtifactError
 from compressors.mask_codes import CODES, Code, decode_mask
 from compressors.masks import factor_rows, layer_seed
@@ -57,7 +57,7 @@ class Factors:
     coef: npt.NDArray[np.float32]
 
 
-def read_factors(artifact: Artifact, name: str, masks: MaskSource = factor_rows) -> Factors:
+def read_factors(artifact: Source, name: str, masks: MaskSource = factor_rows) -> Factors:
     """The factors of the record `name`. Raises ArtifactError for a kind without factors or arrays that contradict it."""
     record = artifact.records[name]
     if record.kind == "impart":
@@ -79,7 +79,7 @@ def spread(count: int, columns: int) -> npt.NDArray[np.int32]:
 
 
 def read_values(
-    artifact: Artifact, name: str, label: str, record: Record, keep: npt.NDArray[np.integer]
+    artifact: Source, name: str, label: str, record: Record, keep: npt.NDArray[np.integer]
 ) -> tuple[npt.NDArray[np.float32], bool]:
     """Values of one factor as fp32, and whether bf16 holds each of them exactly."""
     key = f"{name}::{label}"
@@ -103,7 +103,7 @@ def read_values(
 
 
 def read_rows(
-    artifact: Artifact,
+    artifact: Source,
     name: str,
     side: int,
     record: Record,
@@ -112,9 +112,9 @@ def read_rows(
 ) -> npt.NDArray[np.int32]:
     """Kept rows of one factor (side 0 = U, 1 = V), column after column."""
     num_rows = record.shape[side]
-    code: str = record.mask or artifact.manifest.mask
+    code: str = record.mask or artifact.mask
     if code == "seeded":
-        return masks(layer_seed(artifact.manifest.seed, name), side, num_rows, keep)
+        return masks(layer_seed(artifact.seed, name), side, num_rows, keep)
     known: Code | None = next((one for one in CODES if one == code), None)
     if known is None:
         raise ArtifactError(f"{name}: mask {code!r} is unknown; one of seeded, {', '.join(CODES)}")
@@ -125,7 +125,7 @@ def read_rows(
         raise ArtifactError(f"{key}: {error}") from None
 
 
-def _impart(artifact: Artifact, name: str, record: Record, masks: MaskSource) -> Factors:
+def _impart(artifact: Source, name: str, record: Record, masks: MaskSource) -> Factors:
     sides = []
     for side, label in enumerate("uv"):
         keep = artifact.array(f"{name}::keep_{label}").astype(np.int32)
@@ -135,7 +135,7 @@ def _impart(artifact: Artifact, name: str, record: Record, masks: MaskSource) ->
     return Factors(sides[0], sides[1], artifact.array(f"{name}::coef"))
 
 
-def _lowrank(artifact: Artifact, name: str) -> Factors:
+def _lowrank(artifact: Source, name: str) -> Factors:
     columns = []
     for key in (f"{name}::b", f"{name}::a"):  # [m, r], [r, n]
         stored, dtype = artifact.array(key), artifact.slots[key].dtype
@@ -148,7 +148,7 @@ def _lowrank(artifact: Artifact, name: str) -> Factors:
     return Factors(columns[0], columns[1], np.ones(len(columns[0].start) - 1, dtype=np.float32))
 
 
-def _sparse(artifact: Artifact, name: str, record: Record, masks: MaskSource) -> Factors:
+def _sparse(artifact: Source, name: str, record: Record, masks: MaskSource) -> Factors:
     """Entries of the delta itself: U is the delta, V the identity."""
     columns = record.shape[1]
     keep = spread(int(artifact.array(f"{name}::count")[0]), columns)
@@ -158,7 +158,7 @@ def _sparse(artifact: Artifact, name: str, record: Record, masks: MaskSource) ->
     return Factors(Columns(_starts(keep), rows.astype(np.int64), values, exact), _identity(columns), coef)
 
 
-def _signs(artifact: Artifact, name: str, record: Record) -> Factors:
+def _signs(artifact: Source, name: str, record: Record) -> Factors:
     """A sign for every entry, and one scale, or one a row."""
     rows, columns = record.shape
     packed = artifact.array(f"{name}::signs")
@@ -173,7 +173,7 @@ def _signs(artifact: Artifact, name: str, record: Record) -> Factors:
     return Factors(u, _identity(columns), coef)
 
 
-def _raw(artifact: Artifact, name: str, record: Record) -> Factors:
+def _raw(artifact: Source, name: str, record: Record) -> Factors:
     """A dense delta is itself times the identity."""
     key, (rows, columns) = f"{name}::delta", record.shape
     values, exact = decoded(np.ascontiguousarray(artifact.array(key).T).reshape(-1), artifact.slots[key].dtype)

@@ -22,7 +22,7 @@ import torch
 
 from compressors.errors import BudgetError
 from compressors.masks import factor_rows, layer_seed
-from compressors.values import VALUE_DTYPES, Bits, encode_values
+from compressors.values import VALUE_DTYPES, Bits, ValueForm
 
 Rule = Literal["exact", "attention", "mlp"]
 ConfigRule = Literal["exact", "released"]
@@ -46,16 +46,22 @@ def drop_ratios(
 
     Raises BudgetError for a ratio below 1, a beta outside [0, 1), a negative c, an unknown rule, or values that are no spectrum.
     """
-    sigma = _as_spectrum(singular_values, min(shape))
-    _check_settings(ratio, beta, c)
-    count = min(shape)
-    sparsity, pruned = _sparsity(shape, ratio, beta, rule)
+    check_settings(ratio, beta, c)
+    sigma = as_spectrum(singular_values, min(shape))
+    return allocated(sigma, min(shape), *sparsity_of(shape, ratio, beta, rule), c)
+
+
+def allocated(sigma: npt.NDArray[np.float64], count: int, sparsity: float, pruned: float, c: float) -> list[float]:
+    """Drop ratios of `count` columns for a factor sparsity a and a pruned share b (paper's alpha_uv and beta).
+
+    `sigma` may be shorter than `count`: the rest are zero.
+    """
     candidates = max(1, int(count * (1 - pruned)))
     if candidates > len(sigma):
         candidates = len(sigma)
         pruned = 1 - candidates / count
     if sparsity <= pruned:  # pre-pruning alone meets the budget: plain truncation
-        kept = min(len(sigma), max(1, budget_columns(shape, ratio, rule)))
+        kept = min(len(sigma), max(1, _whole_columns(count, sparsity)))
         return [0.0] * kept + [1.0] * (count - kept)
     gamma = (sparsity - pruned) / (1 - pruned)
     weight = sigma[:candidates] ** c
@@ -67,13 +73,15 @@ def drop_ratios(
 
 def budget_columns(shape: tuple[int, int], ratio: float, rule: Rule) -> int:
     """Whole columns of both factors that the budget pays for: floor((1 - a) N). May be 0 for a small matrix."""
-    sparsity, _ = _sparsity(shape, ratio, 0.0, rule)
-    return int(
-        min(shape) * (1 - sparsity) + 1e-9
-    )  # 1 - a is a quotient, so a whole number may come out just below itself
+    sparsity, _ = sparsity_of(shape, ratio, 0.0, rule)
+    return _whole_columns(min(shape), sparsity)
 
 
-def _as_spectrum(
+def _whole_columns(count: int, sparsity: float) -> int:
+    return int(count * (1 - sparsity) + 1e-9)  # a quotient, so a whole number may come out just below itself
+
+
+def as_spectrum(
     values: Sequence[float] | npt.NDArray[np.floating] | torch.Tensor, count: int
 ) -> npt.NDArray[np.float64]:
     if isinstance(values, torch.Tensor):
@@ -90,7 +98,7 @@ def _as_spectrum(
     return sigma
 
 
-def _check_settings(ratio: float, beta: float, c: float) -> None:
+def check_settings(ratio: float, beta: float, c: float) -> None:
     if not 1 <= ratio < float("inf"):
         raise BudgetError(f"ratio must be a number >= 1, got {ratio}")
     if not 0 <= beta < 1:
@@ -123,7 +131,7 @@ def check_seed(seed: int) -> None:
         raise BudgetError(f"seed must be in [0, 2^64), got {seed}")
 
 
-def _sparsity(shape: tuple[int, int], ratio: float, beta: float, rule: Rule) -> tuple[float, float]:
+def sparsity_of(shape: tuple[int, int], ratio: float, beta: float, rule: Rule) -> tuple[float, float]:
     """(a, b): sparsity of each factor averaged over all N columns, and the share of columns pruned beforehand."""
     overall = 1 - 1 / ratio
     if rule == "exact":
@@ -191,7 +199,7 @@ def kept_counts(drops: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.int
 
 
 def sparsify(
-    spectrum: Spectrum, drops: Sequence[float], name: str, seed: int, value_dtype: str, rescale: str = "exact"
+    spectrum: Spectrum, drops: Sequence[float], name: str, seed: int, form: ValueForm, rescale: str = "exact"
 ) -> SparseFactors:
     """Drop entries of the singular vectors and keep the survivors raw; every rescale goes into one coefficient per column.
 
@@ -205,7 +213,7 @@ def sparsify(
         rows = columns.shape[1]
         keep = kept_counts(drop, rows)
         kept = columns.numpy()[np.repeat(np.arange(rank), keep), factor_rows(key, f, rows, keep)]
-        stored = encode_values(kept * np.float32(np.sqrt(rows)), keep, value_dtype)
+        stored = form.rounded(kept * np.float32(np.sqrt(rows)), keep)
         grow = rows / keep if rescale == "exact" else 1 / (1 - drop)
         scale *= stored.step * grow / np.sqrt(rows)
         sides.append(stored)
@@ -234,7 +242,7 @@ class ImPartConfig:
 
     def __post_init__(self) -> None:
         """Raises BudgetError naming the setting."""
-        _check_settings(self.ratio, self.beta, self.c)
+        check_settings(self.ratio, self.beta, self.c)
         if self.rule not in ("exact", "released"):
             raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
         check_bytes_ratio(self.bytes_ratio)
@@ -248,6 +256,11 @@ class ImPartConfig:
 
     def rule_for(self, name: str) -> Rule:
         """The allocator's rule for one projection."""
-        if self.rule == "exact":
-            return "exact"
-        return "attention" if "attn" in name or "attention" in name else "mlp"
+        return rule_for(self.rule, name)
+
+
+def rule_for(rule: ConfigRule, name: str) -> Rule:
+    """The allocator's rule for one projection: the released code has one for attention and one for the rest."""
+    if rule == "exact":
+        return "exact"
+    return "attention" if "attn" in name or "attention" in name else "mlp"

@@ -11,9 +11,10 @@ import torch
 from compressors.baselines import BitDeltaConfig, DareConfig, LowRankConfig, encode_bitdelta, encode_dare
 from compressors.encode import encode_impart, encode_lowrank
 from compressors.impart import ImPartConfig
+from compressors.quantize import ImPartQtConfig, encode_impart_qt
 from compressors.record import Encoded
 
-Config = ImPartConfig | LowRankConfig | DareConfig | BitDeltaConfig
+Config = ImPartConfig | ImPartQtConfig | LowRankConfig | DareConfig | BitDeltaConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "impart": Method(ImPartConfig, encode_impart),
+    "impart-qt": Method(ImPartQtConfig, encode_impart_qt),
     "lowrank": Method(LowRankConfig, encode_lowrank),
     "dare": Method(DareConfig, encode_dare),
     "bitdelta": Method(BitDeltaConfig, encode_bitdelta),

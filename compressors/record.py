@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from compressors.artifact import Array, Kind, Mask
+from compressors.artifact import DTYPE_NAMES, Array, Kind, Mask, Record, Slot
 from compressors.values import Bits
 
 
@@ -24,3 +25,33 @@ class Encoded:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+
+class Unwritten:
+    """Records that no file holds yet, readable as those of one (`compressors.artifact.Source`). `seed`: of their masks."""
+
+    mask = "seeded"
+
+    def __init__(self, seed: int, *encoded: Encoded) -> None:
+        self.seed = seed
+        self.records = {one.name: as_record(one, {}) for one in encoded}
+        self._arrays = {f"{one.name}::{key}": array for one in encoded for key, array in one.arrays.items()}
+        self.slots = {
+            key: Slot(DTYPE_NAMES[array.dtype], array.shape, 0, array.nbytes) for key, array in self._arrays.items()
+        }
+
+    def array(self, key: str) -> Array:
+        return self._arrays[key]
+
+
+def as_record(encoded: Encoded, digests: Mapping[str, str]) -> Record:
+    """What the manifest says of it; `digests`: SHA-256 of its arrays."""
+    return Record(
+        kind=encoded.kind,
+        shape=encoded.shape,
+        rank=encoded.rank,
+        tied_to=encoded.tied_to,
+        mask=encoded.mask,
+        bits=encoded.bits,
+        sha256=dict(digests),
+    )

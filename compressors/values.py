@@ -6,7 +6,9 @@ Entries of a singular vector are close to normal, so 8 bits of the range lose no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +38,29 @@ def value_bits(value_dtype: str) -> int:
     return _WIDTHS[value_dtype]
 
 
-def stored_bytes(keep: npt.NDArray[np.integer], value_dtype: str) -> int:
-    """Bytes of one factor's values."""
-    return packed_size(int(keep.sum(dtype=np.int64)), _WIDTHS[value_dtype])
+@dataclass(frozen=True)
+class ValueForm:
+    """How the kept values of one factor are stored.
+
+    `rounded`: values [n], column after column, and the entries of each column -> what is written. `nbytes`: the bytes of that.
+    """
+
+    rounded: Callable[[npt.NDArray[np.float32], npt.NDArray[np.int32]], StoredValues]
+    nbytes: Callable[[npt.NDArray[np.integer]], int]
 
 
-def encode_values(values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], value_dtype: str) -> StoredValues:
-    """Values of one factor, column after column, in their stored dtype. Raises BudgetError for an unknown dtype."""
+def value_form(value_dtype: str) -> ValueForm:
+    """All columns in one dtype. Raises BudgetError for an unknown one."""
+    if value_dtype not in VALUE_DTYPES:
+        raise BudgetError(f"unknown value dtype {value_dtype!r}; one of {', '.join(VALUE_DTYPES)}")
+
+    def nbytes(keep: npt.NDArray[np.integer]) -> int:
+        return packed_size(int(keep.sum(dtype=np.int64)), value_bits(value_dtype))
+
+    return ValueForm(partial(_encode, value_dtype=value_dtype), nbytes)
+
+
+def _encode(values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], value_dtype: str) -> StoredValues:
     ones = np.ones(len(keep))
     if value_dtype == "fp16":
         return StoredValues(values.astype(np.float16), ones)
@@ -51,9 +69,7 @@ def encode_values(values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], 
         return StoredValues(bits, ones)
     if value_dtype == "int8":
         return StoredValues(*round_columns(values, keep, 8))
-    if value_dtype == "int4":
-        return encode_groups(values, keep, ((len(keep), 4),))
-    raise BudgetError(f"unknown value dtype {value_dtype!r}; one of {', '.join(VALUE_DTYPES)}")
+    return encode_groups(values, keep, ((len(keep), 4),))
 
 
 def encode_groups(values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], bits: Bits) -> StoredValues:

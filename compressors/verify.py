@@ -17,7 +17,7 @@ from compressors.factors import read_rows, read_values, spread
 from compressors.layout import is_buffer, stored_name
 from compressors.packing import WIDTHS
 
-KNOWN_METHODS = ("impart", "lowrank", "dare", "bitdelta", "lora")
+KNOWN_METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta", "lora")
 MAX_TEMPLATE_BYTES = 256 << 10
 _ARRAYS = {
     "zero": (),

@@ -14,6 +14,7 @@ from compressors.errors import BaseMismatchError, BudgetError, CheckpointError
 from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
 from compressors.inspect import summary
 from compressors.tensors import Checkpoint
+from compressors.values import value_form
 from compressors.verify import verify
 from tests.compressors.conftest import LAYER, base_tensors, tuned_tensors
 
@@ -34,7 +35,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_the_closed_form():
     truncated = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
     total, errors, runs = torch.zeros_like(delta), [], 400
     for seed in range(runs):
-        factors = sparsify(spectrum, drops, UP, seed, "fp16")
+        factors = sparsify(spectrum, drops, UP, seed, value_form("fp16"))
         estimate = dense(factors, delta.shape, seed)
         total += estimate
         errors.append(((estimate - truncated) ** 2).sum().item())

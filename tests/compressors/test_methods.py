@@ -17,6 +17,7 @@ from compressors.factors import read_factors
 from compressors.impart import ImPartConfig, decompose
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.methods import METHODS
+from compressors.quantize import ImPartQtConfig
 from compressors.ratios import recount
 from compressors.values import VALUE_DTYPES, round_columns
 from compressors.verify import KNOWN_METHODS, verify
@@ -27,6 +28,7 @@ SHAPES = {f"{LAYER}.self_attn.q_proj.weight": (256, 256), WIDE: (640, 256), f"{L
 
 SETTINGS = [
     *(ImPartConfig(bytes_ratio=8.0, value_dtype=dtype) for dtype in VALUE_DTYPES),
+    ImPartQtConfig(bytes_ratio=8.0),
     *(LowRankConfig(bytes_ratio=8.0, value_dtype=dtype) for dtype in ("fp16", "int4")),
     *(DareConfig(bytes_ratio=8.0, value_dtype=dtype) for dtype in VALUE_DTYPES),
     BitDeltaConfig(),
@@ -170,7 +172,7 @@ def test_clipping_loses_less_than_the_whole_range():
         (
             "bitdelta",
             {"ratio": 8.0},
-            "--ratio does not belong to the method bitdelta; it belongs to impart, lowrank, dare",
+            "--ratio does not belong to the method bitdelta; it belongs to impart, impart-qt, lowrank, dare",
         ),
         ("dare", {"beta": 0.5}, "--beta does not belong"),
         ("impart", {"per_row": True}, "belongs to bitdelta"),
