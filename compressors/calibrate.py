@@ -105,7 +105,8 @@ class _Run:
 
     def call(self, block: nn.Module) -> torch.Tensor:
         out = block(self.hidden, *self.others, **self.named)
-        return out[0] if isinstance(out, tuple) else out
+        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
 
     def through(self, block: nn.Module) -> _Run:
         return _Run(self.call(block), self.others, self.named)
@@ -134,7 +135,7 @@ def _entering(model: nn.Module, first: nn.Module, tokens: torch.Tensor) -> list[
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for batch in tokens.split(_SEQUENCES):
+        for batch in torch.split(tokens, _SEQUENCES):
             try:
                 model(batch, use_cache=False)
             except _EnoughError:

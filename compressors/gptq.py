@@ -93,7 +93,8 @@ def round_in_order(
         kept = mask[:, place].bool()
         steps[place] = _step(column[kept], widths[place])
         top = largest(widths[place])
-        return torch.clamp(torch.round(column / steps[place]), -top, top) * steps[place]
+        step = float(steps[place])
+        return torch.clamp(torch.round(column / step), -top, top) * step
 
     found = _walk(weight, mask, mixed, rounded)
     return torch.round(found / torch.from_numpy(steps).float()).numpy().astype(np.int8), steps
@@ -125,8 +126,8 @@ def _inverse_root(hessian: torch.Tensor) -> torch.Tensor:
     mean = diagonal.mean().clamp_min(1e-30)
     diagonal[diagonal == 0] = mean
     diagonal += _DAMPING * mean
-    lower = torch.linalg.cholesky(damped)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    root: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return root.float()
 
 
 def _step(values: torch.Tensor, width: int) -> float:
