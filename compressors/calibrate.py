@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from compressors.calibration import Calibration
 from compressors.decompress import delta_tensor
 from compressors.encode import as_record, whole_rank
 from compressors.errors import CheckpointError
@@ -28,27 +28,6 @@ from compressors.record import Encoded, Unwritten
 from compressors.tensors import Checkpoint
 
 _SEQUENCES = 4  # that run through a block at once
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to calibrate on: a text file, and how many sequences of how many tokens are taken from its start."""
-
-    text: Path
-    sequences: int = 32
-    length: int = 256
-
-    def tokens(self, model: Path) -> torch.Tensor:
-        """Token ids [sequences, length] under the tokenizer of a model folder. Raises CheckpointError for too short a text."""
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(model)(self.text.read_text(encoding="utf-8"))["input_ids"]
-        count = min(self.sequences, len(found) // self.length)
-        if not count:
-            raise CheckpointError(
-                f"{self.text} has {len(found)} tokens; a calibration needs one sequence of {self.length} at least"
-            )
-        return torch.tensor(found[: count * self.length]).view(count, self.length)
 
 
 def calibrated(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from compressors.artifact import Manifest, Ratios, Record, TokenizerInfo
-from compressors.calibrate import Calibration, calibrated
+from compressors.calibrate import calibrated
+from compressors.calibration import Calibration
 from compressors.encode import encode_raw, encode_rows
 from compressors.errors import BudgetError
 from compressors.fingerprint import fingerprint
@@ -33,7 +35,7 @@ from compressors.record import Encoded, as_record
 from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.writer import ArtifactWriter
 
-Task = Callable[[], Encoded]
+Task = Callable[[], list[Encoded]]  # one per output
 
 
 def compress(
@@ -50,38 +52,77 @@ def compress(
     `name` is written into the manifest as the base's name, for people; identity is the fingerprint. `calibration`, with
     ImPart-Qt alone: values are rounded by the activations on a text, and the fine-tune is in memory as a whole.
     """
-    with Checkpoint(base) as old, Checkpoint(fine_tune) as new, ArtifactWriter(out) as writer:
-        records: dict[str, Record] = {}
-        tally = Tally()
+    return compress_each(base, fine_tune, [(config, out)], name, progress, calibration)[0]
 
-        def keep(encoded: Encoded) -> None:
-            records[encoded.name] = store(writer, encoded)
-            tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
 
+def compress_each(
+    base: Path,
+    fine_tune: Path,
+    wanted: Sequence[tuple[Config, Path]],
+    name: str | None = None,
+    progress: bool = False,
+    calibration: Calibration | None = None,
+) -> list[Manifest]:
+    """`compress` with several settings, into a file each: every matrix is read and decomposed once."""
+    with Checkpoint(base) as old, Checkpoint(fine_tune) as new, ExitStack() as open_files:
+        outputs = [_Output(config, open_files.enter_context(ArtifactWriter(out))) for config, out in wanted]
         names = matched_names(old, new)
+        configs = [output.config for output in outputs]
+        tasks = _tasks(old, new, configs, names if calibration is None else _without_projections(names, old, new))
         if calibration is not None:
-            if not isinstance(config, ImPartQtConfig):
-                raise BudgetError(f"a calibration belongs to the method impart-qt, not to {config.method}")
+            config = _calibrated_config(configs)
             for encoded in calibrated(old, new, config, calibration, progress):
-                keep(encoded)
-        tasks = _tasks(old, new, config, [one for one in names if one not in records])
+                outputs[0].add(encoded)
         with one_thread_per_operation() as workers:
             done = _in_order(tasks, workers)
-            for encoded in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
-                keep(encoded)
+            for each in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
+                for output, encoded in zip(outputs, each, strict=True):
+                    output.add(encoded)
+        common = {
+            "base_fingerprint": fingerprint(base),
+            "base_name": name or base.name,
+            "architecture": str(next(iter(new.config.get("architectures") or []), "unknown")),
+            "tokenizer": _tokenizer_info(old, new),
+        }
+        return [output.finish(common) for output in outputs]
+
+
+class _Output:
+    """A file in the making."""
+
+    def __init__(self, config: Config, writer: ArtifactWriter) -> None:
+        self.config = config
+        self._writer = writer
+        self._records: dict[str, Record] = {}
+        self._tally = Tally()
+
+    def add(self, encoded: Encoded) -> None:
+        self._records[encoded.name] = store(self._writer, encoded)
+        self._tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
+
+    def finish(self, common: dict[str, Any]) -> Manifest:
+        tally = self._tally
         manifest = Manifest(
-            method=config.method,
-            base_fingerprint=fingerprint(base),
-            base_name=name or base.name,
-            architecture=str(next(iter(new.config.get("architectures") or []), "unknown")),
+            method=self.config.method,
             mask="seeded",
-            **_settings(config),
+            **_settings(self.config),
+            **common,
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
-            tokenizer=_tokenizer_info(old, new),
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
-            tensors=records,
+            tensors=self._records,
         )
-        return writer.finish(manifest, tally.dense_bytes)
+        return self._writer.finish(manifest, tally.dense_bytes)
+
+
+def _calibrated_config(configs: Sequence[Config]) -> ImPartQtConfig:
+    (config,) = configs
+    if not isinstance(config, ImPartQtConfig):
+        raise BudgetError(f"a calibration belongs to the method impart-qt, not to {config.method}")
+    return config
+
+
+def _without_projections(names: Iterable[str], old: Checkpoint, new: Checkpoint) -> list[str]:
+    return [name for name in names if not projection_parts(name, new.shape(name), old.config)]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -93,36 +134,43 @@ def _settings(config: Config) -> dict[str, Any]:
     return {**found, "seed": getattr(config, "seed", 0)}
 
 
-def _tasks(old: Checkpoint, new: Checkpoint, config: Config, names: Iterable[str]) -> list[Task]:
+def _tasks(old: Checkpoint, new: Checkpoint, configs: Sequence[Config], names: Iterable[str]) -> list[Task]:
     """One task per matrix or other parameter, in the order of the names. Raises CheckpointError before any is run."""
     tasks: list[Task] = []
     for name in names:
         if table := tied_to(old, new, name):
-            tasks.append(partial(Encoded, name, "zero", new.shape(table), tied_to=table))
+            tasks.append(partial(_tied, name, new.shape(table), table, len(configs)))
         elif parts := projection_parts(name, new.shape(name), old.config):
-            tasks += [partial(_projection, old, new, name, part, config) for part in parts]
+            tasks += [partial(_projection, old, new, name, part, configs) for part in parts]
         else:
-            tasks.append(partial(_other, old, new, name, config.rows_dtype))
+            tasks.append(partial(_other, old, new, name, [config.rows_dtype for config in configs]))
     return tasks
 
 
-def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, config: Config) -> Encoded:
+def _tied(name: str, shape: tuple[int, ...], table: str, count: int) -> list[Encoded]:
+    return [Encoded(name, "zero", shape, tied_to=table)] * count
+
+
+def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, configs: Sequence[Config]) -> list[Encoded]:
     delta = new.finite(name, part).float() - old.finite(name, part).float()
-    return encode_projection(part.name, delta, config)
+    return encode_projection(part.name, delta, configs)
 
 
-def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtype: str) -> Encoded:
+def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtypes: Sequence[str]) -> list[Encoded]:
     before, after = old.tensor(name), new.tensor(name)
     if not new.is_floating(name) and torch.equal(before, after):  # a table of positions, or the like
-        return Encoded(name, "zero", tuple(after.shape))
+        return [Encoded(name, "zero", tuple(after.shape))] * len(rows_dtypes)
     if is_embedding(name):
-        return encode_rows(name, old.finite(name), new.finite(name), rows_dtype)
-    return encode_raw(name, old.finite(name), new.finite(name))
+        found = {
+            dtype: encode_rows(name, old.finite(name), new.finite(name), dtype) for dtype in dict.fromkeys(rows_dtypes)
+        }
+        return [found[dtype] for dtype in rows_dtypes]
+    return [encode_raw(name, old.finite(name), new.finite(name))] * len(rows_dtypes)
 
 
-def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:
+def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[list[Encoded]]:
     """Results in the order of the tasks, with at most `workers` of them under way or waiting."""
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for task in tasks:

@@ -36,7 +36,10 @@ _EPILOG = """methods and their settings:
 
 --ratio counts surviving values (impart-qt: their bits against 16), as the papers do; --bytes-ratio counts every byte of
 the projections, which is what a disk and a network pay for. At equal bytes narrower values keep more of them: int4 holds
-four times as many as fp16."""
+four times as many as fp16.
+
+--auto --calibration FILE tries all of them at --bytes-ratio (32 unless given) and keeps what is closest to the fine-tune by the
+KL divergence of its next tokens, not by the error of its weights."""
 
 
 def add_parser(
@@ -52,7 +55,12 @@ def add_parser(
     parser.add_argument("base", metavar="BASE", help="model folder, or `default`")
     parser.add_argument("fine_tune", metavar="FINE_TUNE", type=Path, help="model folder of the full fine-tune")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
-    parser.add_argument("--method", choices=_METHODS, default="impart", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=_METHODS, help="(default: impart; with --auto: all of them)")
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="try methods and settings at --bytes-ratio, keep what is closest to the fine-tune on --calibration",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float, help="dense values per surviving value (default: 32)")
     size.add_argument("--bytes-ratio", type=float, help="dense bytes per stored byte of the projections")
@@ -71,7 +79,12 @@ def add_parser(
         choices=["exact", "released"],
         help="of impart-qt: 3 bits are charged as 3, or as 4 (default: exact)",
     )
-    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="of impart-qt: text to run the fine-tune on")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="TEXT",
+        help="text, or chats as .jsonl, to run the fine-tune on: what it was made for is best",
+    )
     parser.add_argument(
         "--calibration-tokens",
         type=int,
@@ -96,24 +109,48 @@ def _compress(args: argparse.Namespace) -> int:
 
     calibration = _calibration(args)
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    config = configured(args.method, given)
-    compress(resolve_base(args.base), args.fine_tune, args.out, config, args.name, True, calibration)
+    base = resolve_base(args.base)
+    if args.auto:
+        _search(base, args, given, calibration)
+    else:
+        config = configured(args.method or "impart", given)
+        compress(base, args.fine_tune, args.out, config, args.name, True, calibration)
     with Artifact.open(args.out) as artifact:
         print(text(summary(artifact)))
     return 0
 
 
+def _search(base: Path, args: argparse.Namespace, given: dict[str, Any], calibration: Any) -> None:
+    """Raises BudgetError for settings that the search itself chooses."""
+    from compressors.search import candidates, search
+
+    ratio = given.get("bytes_ratio", 32.0)
+    if "ratio" in given:
+        raise BudgetError("--auto compares at equal bytes: give --bytes-ratio in place of --ratio")
+    if chosen := [name for name in given if name not in ("bytes_ratio", "seed", "rows_dtype")]:
+        raise BudgetError(f"--auto chooses --{chosen[0].replace('_', '-')} itself; leave one of them out")
+    if calibration is None:
+        raise BudgetError("--auto needs a text to judge by: name one with --calibration")
+    tried = candidates(ratio, given.get("seed", 0), given.get("rows_dtype", "int8"), args.method)
+    trials = search(base, args.fine_tune, args.out, tried, ratio, calibration, args.name, True)
+    print(f"{'KL to the fine-tune':>20}  {'bytes':>12}")
+    for trial in trials:
+        print(f"{trial.kl:>20.5f}  {trial.nbytes:>12,}  {trial.label}{'' if trial.fits else '  (too large)'}")
+
+
 def _calibration(args: argparse.Namespace) -> Any:
     """Raises BudgetError."""
-    from compressors.calibrate import Calibration
+    from compressors.calibration import Calibration
 
     tokens = args.calibration_tokens
     if args.calibration is None:
         if tokens is not None:
             raise BudgetError("--calibration-tokens needs a text: name one with --calibration")
         return None
-    if args.method != "impart-qt":
-        raise BudgetError(f"--calibration belongs to the method impart-qt, not to {args.method}")
+    if args.method != "impart-qt" and not args.auto:
+        raise BudgetError(
+            f"--calibration belongs to --auto and to the method impart-qt, not to {args.method or 'impart'}"
+        )
     if tokens is not None and tokens < _SEQUENCE:
         raise BudgetError(f"--calibration-tokens must be {_SEQUENCE} or more, got {tokens}")
     return Calibration(args.calibration, (tokens or 32 * _SEQUENCE) // _SEQUENCE, _SEQUENCE)

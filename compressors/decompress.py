@@ -92,7 +92,7 @@ def _write_weights(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = {}
             for name in names:
-                tensors[name] = _merged(artifact, name, old, dtype)
+                tensors[name] = merged_weight(artifact, name, old, dtype)
                 total += tensors[name].nbytes
                 bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -118,15 +118,15 @@ def _shards(artifact: Artifact, old: Checkpoint, dtype: str) -> list[list[str]]:
     return shards
 
 
-def _merged(artifact: Artifact, name: str, old: Checkpoint, dtype: str) -> torch.Tensor:
-    """Base tensor plus its delta; tables of integers as they are."""
+def merged_weight(artifact: Artifact, name: str, old: Checkpoint, dtype: str = "fp32") -> torch.Tensor:
+    """Base tensor plus its delta, in fp32, bf16 or fp16; tables of integers as they are."""
     if not old.is_floating(name):
         return old.tensor(name)
     weight = old.floats(name).clone()
     record = artifact.records.get(name)
     parts = projection_parts(name, tuple(weight.shape), old.config)
     if record is not None and record.tied_to is not None:
-        return _merged(artifact, record.tied_to, old, dtype).clone()
+        return merged_weight(artifact, record.tied_to, old, dtype).clone()
     if record is not None and record.kind == "rows":
         grown = torch.zeros(record.shape)
         grown[: weight.shape[0]] = weight

@@ -16,7 +16,6 @@ from compressors.impart import (
     SparseFactors,
     Spectrum,
     budget_columns,
-    decompose,
     drop_ratios,
     sparsify,
 )
@@ -27,17 +26,12 @@ _BLOCK_ROWS = 8192  # of a vocabulary table at once: bounds the fp32 copies
 _INT8_ERROR = 0.02  # of a table's norm; normal rows lose about 0.8 %
 
 
-def encode_impart(name: str, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
+def encode_impart(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
     """The delta [m, n] of one projection, fp32: as sparse factors, or as what is smaller or lossless within the budget.
 
     A rank within the budget's floor((1 - a) N) columns is kept whole as two dense factors, with no masking. A matrix smaller
     than its own factors is kept as a dense fp16 delta.
     """
-    return encode_spectrum(name, decompose(delta), delta, config)
-
-
-def encode_spectrum(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartConfig) -> Encoded:
-    """`encode_impart` of a delta whose spectrum is known."""
     shape = (delta.shape[0], delta.shape[1])
     if _whole_rank_fits(spectrum.true_rank, name, shape, config):
         return whole_rank(name, spectrum, shape)
@@ -68,12 +62,12 @@ def as_record(name: str, factors: SparseFactors, delta: torch.Tensor) -> Encoded
     return encoded if encoded.nbytes < 2 * delta.numel() else Encoded(name, "raw", shape, {"delta": _half(delta)})
 
 
-def encode_lowrank(name: str, delta: torch.Tensor, config: LowRankConfig) -> Encoded:
+def encode_lowrank(name: str, spectrum: Spectrum, delta: torch.Tensor, config: LowRankConfig) -> Encoded:
     """Rank truncation: ImPart with C = 0 prunes no entry of a kept column."""
     as_impart = ImPartConfig(
         ratio=config.ratio, bytes_ratio=config.bytes_ratio, beta=0.0, c=0.0, value_dtype=config.value_dtype
     )
-    return encode_impart(name, delta, as_impart)
+    return encode_impart(name, spectrum, delta, as_impart)
 
 
 def _whole_rank_fits(rank: int, name: str, shape: tuple[int, int], config: ImPartConfig) -> bool:

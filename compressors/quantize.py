@@ -32,7 +32,6 @@ from compressors.impart import (
     check_rows_dtype,
     check_seed,
     check_settings,
-    decompose,
     rule_for,
     sparsify,
     sparsity_of,
@@ -164,9 +163,9 @@ class ImPartQtConfig:
         return 4 * rank * sum(shape) <= byte_budget(shape, self.bytes_ratio or self.ratio)
 
 
-def encode_impart_qt(name: str, delta: torch.Tensor, config: ImPartQtConfig) -> Encoded:
+def encode_impart_qt(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartQtConfig) -> Encoded:
     """The delta [m, n] of one projection, fp32, rounded to nearest; compressors/gptq.py rounds by activations instead."""
-    spectrum, shape = decompose(delta), (delta.shape[0], delta.shape[1])
+    shape = (delta.shape[0], delta.shape[1])
     if config.keeps_whole(spectrum.true_rank, shape):
         return whole_rank(name, spectrum, shape)
     drops = config.drops(spectrum, name, shape)

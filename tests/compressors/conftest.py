@@ -1,4 +1,4 @@
-"""Checkpoints of a few kilobytes, written without any model library."""
+"""Checkpoints of a few kilobytes; those without a tokenizer are written without any model library."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.0"
@@ -55,3 +57,33 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs far away from here " * 60
+
+
+@pytest.fixture(scope="session")
+def language_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A folder with a text, a tiny random Llama in it, and a fine-tune of that; words are tokens."""
+    root = tmp_path_factory.mktemp("qt")
+    torch.manual_seed(0)
+    words = {word: i for i, word in enumerate(["?", *dict.fromkeys(TEXT.split())])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(words), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config)
+    folders = []
+    for name in ("base", "tuned"):
+        folder = root / name
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        folders.append(folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2 and parameter.shape[0] != len(words):
+                    spikes = torch.randn(parameter.shape[0], 4) @ torch.randn(4, parameter.shape[1])
+                    parameter += 0.01 * spikes + 0.01 * torch.randn(parameter.shape)
+    (root / "text.txt").write_text(TEXT)
+    return root, folders[0], folders[1]

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compressors.artifact import Artifact
-from compressors.calibrate import Calibration, calibrated
+from compressors.calibrate import calibrated
+from compressors.calibration import Calibration
 from compressors.compress import compress
 from compressors.decompress import delta_tensor
 from compressors.errors import BudgetError, CheckpointError
@@ -49,20 +49,24 @@ def test_equals_the_authors_budget_search(case):
     assert all(drop == 1 for drop in drops[len(expected) :])
 
 
+@settings(deadline=None, max_examples=50)
 @given(
-    sigma=st.lists(st.floats(1e-2, 1e2), min_size=40, max_size=90),
+    seed=st.integers(0, 1000),
+    count=st.integers(40, 90),
     ratio=st.floats(4, 64),
     beta=st.sampled_from([0.0, 0.6, 0.8]),
     c=st.sampled_from([0.0, 0.5, 1.0]),
     out=st.integers(90, 300),
 )
-def test_the_bits_are_what_was_asked(sigma, ratio, beta, c, out):
-    """Exact accounting: within a column's bits of the budget, from below or above, and never without a column."""
-    sigma, shape = sorted(sigma, reverse=True), (out, len(sigma))
+def test_the_bits_are_what_was_asked(seed, count, ratio, beta, c, out):
+    """Exact accounting: within a column's bits of the budget."""
+    sigma, shape = np.sort(np.random.default_rng(seed).lognormal(size=count))[::-1], (out, count)
     drops = np.array(quantised_drop_ratios(sigma, shape, ratio, beta, c, "exact", "exact"))
-    bits = ((1 - drops) * column_widths(len(sigma))).sum() * sum(shape)
-    budget = 16 * shape[0] * shape[1] / ratio
-    assert abs(bits - budget) <= 8 * sum(shape) * (1 + 1e-4 * len(sigma))
+    bits = ((1 - drops) * column_widths(count)).sum() * sum(shape)
+    budget = min(16 * shape[0] * shape[1] / ratio, sum(column_widths(count)) * sum(shape))
+    column = 8 * sum(shape) * (1 + 1e-4 * count)
+    assert bits <= budget + column
+    assert beta > 0 or bits >= budget - column  # what is pruned beforehand is not filled up again
 
 
 def test_what_the_middle_bits_are_charged():
@@ -185,35 +189,6 @@ def dense(factors):
 
 # On a model
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs far away from here " * 60
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A tiny random Llama and a fine-tune of it, with a tokenizer of words."""
-    root = tmp_path_factory.mktemp("qt")
-    torch.manual_seed(0)
-    words = {word: i for i, word in enumerate(["?", *dict.fromkeys(TEXT.split())])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(words), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-    model = LlamaForCausalLM(config)
-    folders = []
-    for name in ("base", "tuned"):
-        folder = root / name
-        model.save_pretrained(folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-        folders.append(folder)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2 and parameter.shape[0] != len(words):
-                    spikes = torch.randn(parameter.shape[0], 4) @ torch.randn(4, parameter.shape[1])
-                    parameter += 0.01 * spikes + 0.01 * torch.randn(parameter.shape)
-    (root / "text.txt").write_text(TEXT)
-    return root, *folders
-
 
 def logits(folder: Path, changed: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -224,8 +199,8 @@ def logits(folder: Path, changed: dict[str, torch.Tensor], tokens: torch.Tensor)
         return model(tokens).logits
 
 
-def test_calibration_brings_the_served_model_closer(pair):
-    root, base, tuned = pair
+def test_calibration_brings_the_served_model_closer(language_pair):
+    root, base, tuned = language_pair
     calibration = Calibration(root / "text.txt", 8, 64)
     tokens = calibration.tokens(tuned)
     assert tokens.shape == (8, 64)
@@ -244,8 +219,8 @@ def test_calibration_brings_the_served_model_closer(pair):
     assert errors["activations"] < 0.95 * errors["nearest"]
 
 
-def test_stages_are_those_of_the_paper(pair):
-    root, base, tuned = pair
+def test_stages_are_those_of_the_paper(language_pair):
+    root, base, tuned = language_pair
     with Checkpoint(base) as old, Checkpoint(tuned) as new:
         names = [
             one.name for one in calibrated(old, new, ImPartQtConfig(), Calibration(root / "text.txt", 2, 32), False)
@@ -260,8 +235,8 @@ def test_stages_are_those_of_the_paper(pair):
     assert len(names) == 14
 
 
-def test_the_same_text_gives_the_same_bytes(pair):
-    root, base, tuned = pair
+def test_the_same_text_gives_the_same_bytes(language_pair):
+    root, base, tuned = language_pair
     files = []
     for number in range(2):
         compress(base, tuned, root / f"{number}", ImPartQtConfig(), calibration=Calibration(root / "text.txt", 2, 32))
@@ -269,8 +244,8 @@ def test_the_same_text_gives_the_same_bytes(pair):
     assert files[0] == files[1]
 
 
-def test_mistakes(pair, tmp_path, capsys):
-    root, base, tuned = pair
+def test_mistakes(language_pair, tmp_path, capsys):
+    root, base, tuned = language_pair
     short = tmp_path / "short.txt"
     short.write_text("the fox")
     with pytest.raises(CheckpointError, match="has 2 tokens; a calibration needs one sequence of 64"):
@@ -282,13 +257,13 @@ def test_mistakes(pair, tmp_path, capsys):
     assert main([*arguments, "--calibration-tokens", "512", "--method", "impart-qt"]) == 1
     assert "name one with --calibration" in capsys.readouterr().err
     assert main([*arguments, "--calibration", str(root / "text.txt")]) == 1
-    assert "belongs to the method impart-qt" in capsys.readouterr().err
+    assert "--calibration belongs to --auto and to the method impart-qt" in capsys.readouterr().err
     assert main([*arguments, "--method", "impart-qt", "--calibration", str(root / "text.txt"), "--ratio", "8"]) == 0
     assert "impart-qt" in capsys.readouterr().out
 
 
 def test_a_matrix_of_low_rank_is_kept_whole():
     delta = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) @ torch.ones(1, 64)
-    encoded = encode_impart_qt("w", delta, ImPartQtConfig(ratio=8.0))
+    encoded = encode_impart_qt("w", decompose(delta), delta, ImPartQtConfig(ratio=8.0))
     assert encoded.kind == "lowrank"
     torch.testing.assert_close(delta_tensor(Unwritten(0, encoded), "w"), delta)
