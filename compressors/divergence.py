@@ -6,12 +6,13 @@ loses to plain truncation in the norm and beats it in what the model says (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, nll_loss
 
 from compressors.artifact import Artifact
 from compressors.calibration import Calibration
@@ -21,6 +22,16 @@ from compressors.tensors import Checkpoint
 
 _SEQUENCES = 4  # in one forward
 _POSITIONS = 512  # whose logits are held at once
+_ANSWERS = 32  # prompts answered at once
+_NONE = -100  # no token
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Means over the text in nats a token: `kl` from the fine-tune's next token, `loss` of the text's own."""
+
+    kl: float
+    loss: float
 
 
 class Divergence:
@@ -33,7 +44,7 @@ class Divergence:
         from transformers import AutoModelForCausalLM
 
         self.tokens = calibration.tokens(fine_tune)
-        self._base = base
+        self._base, self._fine_tune = base, fine_tune
         try:
             self._model = AutoModelForCausalLM.from_pretrained(fine_tune, dtype=torch.float32).eval()
         except (OSError, ValueError) as error:
@@ -44,29 +55,61 @@ class Divergence:
         self._reference_head = self._head.weight.detach().clone()
         self._reference = torch.cat(list(self._hidden()))
 
-    def of(self, delta: Path) -> float:
-        """Mean KL in nats over all positions of the text."""
-        with Checkpoint(self._base) as old, Artifact.open(delta) as artifact, torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(merged_weight(artifact, name, old))
-        total = 0.0
-        for reference, hidden in zip(torch.split(self._reference, _SEQUENCES), self._hidden(), strict=True):
-            total += self._summed(reference, hidden)
-        return total / self.tokens.numel()
+    def of(self, delta: Path) -> Distance:
+        """Of base + delta."""
+        with Checkpoint(self._base) as old, Artifact.open(delta) as artifact:
+            return self._measured(lambda name: merged_weight(artifact, name, old))
+
+    def of_model(self, folder: Path) -> Distance:
+        """Of a model folder with the fine-tune's parameters: the base, or the fine-tune itself."""
+        with Checkpoint(folder) as found:
+            return self._measured(found.floats)
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers of what was measured last, each to its prompt alone as one user message."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._fine_tune, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        texts: list[str] = []
+        for start in range(0, len(prompts), _ANSWERS):
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + _ANSWERS]]
+            batch = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            )
+            output = self._model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+            texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return texts
+
+    @torch.no_grad()
+    def _measured(self, weight: Callable[[str], torch.Tensor]) -> Distance:
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(weight(name))
+        kl = loss = 0.0
+        batches = zip(
+            torch.split(self.tokens, _SEQUENCES), torch.split(self._reference, _SEQUENCES), self._hidden(), strict=True
+        )
+        for tokens, reference, hidden in batches:
+            one = self._summed(tokens, reference, hidden)
+            kl, loss = kl + one.kl, loss + one.loss
+        return Distance(kl / self.tokens.numel(), loss / self.tokens[:, 1:].numel())
 
     @torch.no_grad()
     def _hidden(self) -> Iterator[torch.Tensor]:
         for batch in torch.split(self.tokens, _SEQUENCES):
             yield self._model.base_model(batch, use_cache=False).last_hidden_state
 
-    @torch.no_grad()
-    def _summed(self, reference: torch.Tensor, hidden: torch.Tensor) -> float:
-        total = 0.0
-        pairs = zip(
-            torch.split(reference.flatten(0, 1), _POSITIONS), torch.split(hidden.flatten(0, 1), _POSITIONS), strict=True
-        )
-        for ours, theirs in pairs:
-            told = torch.log_softmax(ours @ self._reference_head.T, -1)
-            found = torch.log_softmax(self._head(theirs), -1)
-            total += float(kl_div(found, told, reduction="sum", log_target=True))
-        return total
+    def _summed(self, tokens: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor) -> Distance:
+        """Sums over the positions of [S, T]; the last of a sequence has no next token."""
+        following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], _NONE)], 1).flatten()
+        kl = loss = 0.0
+        for start in range(0, len(following), _POSITIONS):
+            place = slice(start, start + _POSITIONS)
+            told = torch.log_softmax(reference.flatten(0, 1)[place] @ self._reference_head.T, -1)
+            found = torch.log_softmax(self._head(hidden.flatten(0, 1)[place]), -1)
+            kl += float(kl_div(found, told, reduction="sum", log_target=True))
+            loss += float(nll_loss(found, following[place], ignore_index=_NONE, reduction="sum"))
+        return Distance(kl, loss)

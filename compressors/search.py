@@ -31,7 +31,7 @@ _OVERSHOOT = 1.02  # of the bytes asked for
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate: bytes of its projections and mean KL to the fine-tune in nats; `fits`: within the bytes asked for."""
+    """A candidate: bytes of its file and mean KL to the fine-tune in nats; `fits`: within the bytes asked for."""
 
     config: Config
     nbytes: int
@@ -64,6 +64,13 @@ def candidates(bytes_ratio: float, seed: int, rows_dtype: str, method: str | Non
     return chosen
 
 
+def fits(delta: Path, bytes_ratio: float) -> bool:
+    """Whether the projections of a delta file take no more than 2 % above the bytes asked for."""
+    with Artifact.open(delta) as artifact:
+        found = artifact.manifest.ratios.projection_bytes
+    return found is None or found * _OVERSHOOT >= bytes_ratio
+
+
 def search(
     base: Path,
     fine_tune: Path,
@@ -87,11 +94,8 @@ def search(
         trials: list[tuple[Trial, Path]] = []
         pairs = zip(tried, paths, strict=True)
         for config, path in tqdm(pairs, "judging", total=len(tried), unit="candidate", disable=not progress):
-            with Artifact.open(path) as artifact:
-                found = artifact.manifest.ratios.projection_bytes
-                nbytes = sum(slot.end - slot.start for slot in artifact.slots.values())
-            fits = found is None or found * _OVERSHOOT >= bytes_ratio
-            trials.append((Trial(config, nbytes, divergence.of(path), fits), path))
+            trial = Trial(config, path.stat().st_size, divergence.of(path).kl, fits(path, bytes_ratio))
+            trials.append((trial, path))
             report(trials[-1][0])
         trials.sort(key=lambda one: (not one[0].fits, one[0].kl))
         if not trials[0][0].fits:

@@ -55,6 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sae.add_argument("--resume", action="store_true", help="go on where the run stopped")
     sae.add_argument("--base", help="model folder, or `default` (default: the recipe's)")
     sae.set_defaults(run=_reporting(_sae))
+    rows = actions.add_parser("rows", help="write a recipe's rows as .jsonl: what is trained, and what is held out")
+    rows.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    rows.add_argument("--out", type=Path, required=True, help="folder of train.jsonl and held_out.jsonl")
+    rows.set_defaults(run=_reporting(_rows))
     world = actions.add_parser("tool-world", help="tasks for the tool gate in the world of recipes/tools.toml")
     world.add_argument("--out", type=Path, required=True, help="folder of label.jsonl, eval.jsonl and facts.json")
     world.add_argument("--seed", type=int, default=1, help="the recipe's data.seed (default: %(default)s)")
@@ -154,4 +158,18 @@ def _tool_world(args: argparse.Namespace) -> int:
 
     written = write_tasks(args.out, args.seed, args.eval_share)
     print(f"wrote {written.label} tasks to {args.out}/label.jsonl and {written.evaluation} to {args.out}/eval.jsonl")
+    return 0
+
+
+def _rows(args: argparse.Namespace) -> int:
+    from trainers.data import load_split, written
+    from trainers.recipe import load_recipe
+
+    split = load_split(load_recipe(args.recipe).data, args.recipe.parent)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", split.train), ("held_out", split.held_out)):
+        (args.out / f"{name}.jsonl").write_text("".join(map(written, rows)), encoding="utf-8")
+    print(
+        f"wrote {len(split.train)} rows to {args.out}/train.jsonl and {len(split.held_out)} to {args.out}/held_out.jsonl"
+    )
     return 0

@@ -35,6 +35,11 @@ def load_split(recipe: DataRecipe, recipe_folder: Path) -> Split:
     return split
 
 
+def written(row: Row) -> str:
+    """A row as a line of a JSONL file, which is read back as the same row."""
+    return json.dumps({key: value for key, value in asdict(row).items() if value}, ensure_ascii=False) + "\n"
+
+
 def digest(rows: Sequence[Row]) -> str:
     """sha256 over the rows' contents and order."""
     contents = [{key: value for key, value in asdict(row).items() if value or key not in _OPTIONAL} for row in rows]

@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
     steer.set_defaults(run=_steer)
     _add_gate(actions)
+    _add_compress(actions)
     parsers = actions.add_parser("parsers", help="tool-call parsers on the cases of the Berkeley leaderboard")
     parsers.add_argument("--bfcl", type=Path, required=True, help="folder bfcl_eval/data of the unpacked bfcl-eval")
     parsers.add_argument("--url", help="of a gateway with its /v1: also ask what no tool fits, and what one does")
@@ -58,6 +59,30 @@ def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     gate.set_defaults(run=_gate)
 
 
+def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compress = actions.add_parser("compress", help="what each method keeps of a fine-tune at equal bytes")
+    compress.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
+    compress.add_argument("--fine-tune", type=Path, required=True, help="model folder of the full fine-tune")
+    compress.add_argument(
+        "--held-out", type=Path, required=True, help="rows {prompt, completion} that it was not trained on (.jsonl)"
+    )
+    compress.add_argument(
+        "--bytes-ratios", type=_numbers, default=[8.0, 16.0, 32.0, 64.0], help="(default: 8,16,32,64)"
+    )
+    compress.add_argument("--seeds", type=int, default=3, help="of the masks (default: %(default)s)")
+    compress.add_argument(
+        "--sequences", type=int, default=16, help="of 128 tokens, in each half (default: %(default)s)"
+    )
+    compress.add_argument("--max-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    compress.add_argument("--json", type=Path, help="also write the rows to this file, as they are measured")
+    compress.add_argument("--plot", type=Path, help="also draw KL over the byte ratio (.png)")
+    compress.set_defaults(run=_compress)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(one) for one in text.split(",")]
+
+
 def _bench(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, purpose: str
 ) -> argparse.ArgumentParser:
@@ -89,6 +114,12 @@ def _steer(args: argparse.Namespace) -> int:
 
 def _gate(args: argparse.Namespace) -> int:
     from server.bench.gate import run
+
+    return run(args)
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from server.bench.compress import run
 
     return run(args)
 

@@ -41,14 +41,25 @@ def test_the_divergence_is_that_of_the_merged_model(language_pair, calibration, 
     decompress(delta, base, tmp_path / "merged", "fp32")
     expected = by_hand(tuned, tmp_path / "merged", calibration.tokens(tuned))
     divergence = Divergence(base, tuned, calibration)
-    assert divergence.of(delta) == pytest.approx(expected, rel=1e-4)
-    assert divergence.of(delta) == pytest.approx(expected, rel=1e-4)  # nothing is left of the first delta
+    assert divergence.of(delta).kl == pytest.approx(expected, rel=1e-4)
+    assert divergence.of(delta).kl == pytest.approx(expected, rel=1e-4)  # nothing is left of the first delta
 
 
 def test_a_delta_without_loss_does_not_diverge(language_pair, calibration, tmp_path):
     _, base, tuned = language_pair
     compress(base, tuned, tmp_path / "d", LowRankConfig(ratio=1.0, value_dtype="fp16"))
-    assert 0 <= Divergence(base, tuned, calibration).of(tmp_path / "d") < 1e-6
+    assert 0 <= Divergence(base, tuned, calibration).of(tmp_path / "d").kl < 1e-6
+
+
+def test_the_loss_is_that_of_the_text(language_pair, calibration):
+    _, base, tuned = language_pair
+    divergence = Divergence(base, tuned, calibration)
+    tokens = calibration.tokens(tuned)
+    for folder in (base, tuned):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert divergence.of_model(folder).loss == pytest.approx(float(model(tokens, labels=tokens).loss), rel=1e-4)
+    assert divergence.of_model(tuned).kl < 1e-6 < divergence.of_model(base).kl
 
 
 def test_one_pass_writes_what_many_would(language_pair, tmp_path):
@@ -71,7 +82,7 @@ def test_the_best_candidate_is_kept(language_pair, calibration, tmp_path):
     assert [one.kl for one in trials if one.fits] == sorted(one.kl for one in trials if one.fits)
     with Artifact.open(out) as artifact:
         assert artifact.manifest.method == trials[0].config.method
-    assert Divergence(base, tuned, calibration).of(out) == pytest.approx(trials[0].kl, rel=1e-6)
+    assert Divergence(base, tuned, calibration).of(out).kl == pytest.approx(trials[0].kl, rel=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
 
 

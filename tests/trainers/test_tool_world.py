@@ -142,6 +142,12 @@ def test_rows_of_files_may_have_tools_and_many_turns(tmp_path: Path) -> None:
         load_split(recipe, tmp_path)
 
 
+def test_rows_are_written_as_they_are_read(tmp_path: Path) -> None:
+    assert main(["train", "rows", str(RECIPE), "--out", str(tmp_path)]) == 0
+    read = load_split(DataRecipe(train="train.jsonl", held_out="held_out.jsonl", tool_template="t"), tmp_path)
+    assert read == BUILDERS["tool-world"](1)
+
+
 def test_tasks_are_read_by_the_gate_and_split_by_fact(tmp_path: Path) -> None:
     assert main(["train", "tool-world", "--out", str(tmp_path)]) == 0
     label, evaluation, together = (read_tasks(tmp_path / f"{name}.jsonl") for name in ("label", "eval", "tasks"))
