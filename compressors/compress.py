@@ -44,7 +44,7 @@ def compress(
         tasks = _tasks(old, new, config)
         records, tally = {}, Tally()
         with one_thread_per_operation() as workers:
-            done = _in_order(tasks, workers)
+            done = in_order(tasks, workers)
             for encoded in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
                 records[encoded.name] = store(writer, encoded)
                 tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
@@ -54,7 +54,7 @@ def compress(
             base_name=name or base.name,
             architecture=str(next(iter(new.config.get("architectures") or []), "unknown")),
             mask="seeded",
-            **_settings(config),
+            **settings(config),
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
             tokenizer=_tokenizer_info(old, new),
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
@@ -63,8 +63,8 @@ def compress(
         return writer.finish(manifest, tally.dense_bytes)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings of the manifest; those that the method does not have are None, and the seed 0."""
+def settings(config: Config | None) -> dict[str, Any]:
+    """The settings of the manifest; those that the method does not have are None, and the seed 0; no method has none."""
     names = ("ratio", "bytes_ratio", "beta", "c", "rule", "rescale", "value_dtype")
     found = {name: getattr(config, name, None) for name in names}
     if found["bytes_ratio"] is not None:
@@ -99,7 +99,7 @@ def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtype: str) -> Enco
     return encode_raw(name, old.finite(name), new.finite(name))
 
 
-def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:
+def in_order(tasks: Iterable[Task], workers: int) -> Iterator[Encoded]:
     """Results in the order of the tasks, with at most `workers` of them under way or waiting."""
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

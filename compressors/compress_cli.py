@@ -12,7 +12,7 @@ from compressors.errors import BudgetError
 Action = Callable[[argparse.Namespace], int]
 
 _METHODS = ("impart", "lowrank", "dare", "bitdelta")
-_SETTINGS = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype", "rescale", "seed", "per_row", "rows_dtype")
+SETTINGS = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype", "rescale", "seed", "per_row", "rows_dtype")
 _EPILOG = """methods and their settings:
   impart    importance-aware sparse SVD (the default): ratio | bytes-ratio, beta, c, value-dtype, rule, rescale, seed
   lowrank   truncated SVD: ratio | bytes-ratio, value-dtype
@@ -66,7 +66,7 @@ def _compress(args: argparse.Namespace) -> int:
     from compressors.compress import compress
     from compressors.inspect import summary, text
 
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     compress(resolve_base(args.base), args.fine_tune, args.out, configured(args.method, given), args.name, True)
     with Artifact.open(args.out) as artifact:
         print(text(summary(artifact)))
