@@ -13,7 +13,7 @@ from compressors.errors import BudgetError
 Action = Callable[[argparse.Namespace], int]
 
 _EPILOG = """methods:
-  ta     Task Arithmetic: base + scale * (sum of weight * delta), without loss: delta files stay as small as they were together
+  ta     Task Arithmetic: base + scale * (sum of weight * delta), without loss; as large as the files together, and their masks
   ties   keep each delta's largest entries, elect a sign for every entry, average what agrees; dense, so better with --compress
 
 examples:
