@@ -50,7 +50,8 @@ def test_a_combination_equals_the_merged_artifact_beside_its_parts_and_the_base(
             if one == file:
                 assert_same(answers[Row(prompt, both)], expected)
     for prompt in PROMPTS:
-        assert len({answers[Row(prompt, one)].tokens for one in who}) == 4
+        for other in (None, world.whole, world.projections):
+            assert answers[Row(prompt, both)].logprobs != pytest.approx(answers[Row(prompt, other)].logprobs, abs=1e-2)
 
 
 def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_were(world: World):  # noqa: F811
@@ -111,12 +112,12 @@ def test_four_parts_under(changes, tiny_base: Path, tiny_deltas: list[EngineDelt
     parts = [*zip(tiny_deltas, (0.5, -0.4, 0.6), strict=True), (fourth, 0.7)]
     file = merged_file(tiny_base, tmp_path / "file.safetensors", *parts)
     all_four = combined(*parts)
-    rows = [Row(prompt, one) for prompt in PROMPTS for one in (all_four, None, tiny_deltas[0])]
+    rows = [Row(prompt, one) for prompt in PROMPTS[:2] for one in (all_four, None, tiny_deltas[0])]
     with running(tiny_base, [*tiny_deltas, fourth, all_four], **changes) as runner:
-        answers = runner.answer(rows, 10)
+        answers = runner.answer(rows, 8)
     models = {one: merged(tiny_base, file if one == all_four else one) for one in (all_four, None, tiny_deltas[0])}
     for row, answer in zip(rows, answers, strict=True):
-        assert_same(answer, oracle(models[row.delta], row.prompt, 10))
+        assert_same(answer, oracle(models[row.delta], row.prompt, 8))
 
 
 def test_the_runner_stays_usable(tiny_engine: Runner, tiny_deltas: list[EngineDelta]):
