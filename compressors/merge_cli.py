@@ -68,7 +68,7 @@ def add_parser(
     anew = parser.add_argument_group(
         "compress the merged projections anew (settings: `deltaworks delta compress --help`)"
     )
-    anew.add_argument("--compress", choices=["impart", "lowrank", "dare", "bitdelta"], metavar="METHOD")
+    anew.add_argument("--compress", choices=["impart", "lowrank", "dare", "bitdelta"])
     size = anew.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float)
     size.add_argument("--bytes-ratio", type=float)

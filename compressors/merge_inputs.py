@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compressors.artifact import Artifact, Manifest, TokenizerInfo
-from compressors.errors import ArtifactError, BudgetError, DeltaError
+from compressors.errors import ArtifactError, BaseMismatchError, BudgetError, DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 
@@ -24,7 +24,10 @@ def checked(paths: Sequence[Path], base: Path, out: Path) -> list[Report]:
         try:
             reports.append(verify(path, base_fingerprint, shapes))
         except DeltaError as error:
-            raise type(error)(f"{path}: {error}; --base names the base of all deltas that are merged") from error
+            fix = (
+                "; --base is the one base of all deltas that are merged" if isinstance(error, BaseMismatchError) else ""
+            )
+            raise type(error)(f"{path}: {error}{fix}") from error
     return reports
 
 

@@ -296,6 +296,16 @@ def test_another_base_is_named_with_the_file(make, base, checkpoint, tmp_path):
     assert not out.exists()
 
 
+def test_a_damaged_file_is_named(make, base, tmp_path):
+    good, bad, out = make("dare"), tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    content = bytearray(good.read_bytes())
+    content[-5] ^= 1
+    bad.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"bad\.safetensors: .* do not match their digest"):
+        merge([good, bad], base, out, MergeConfig())
+    assert not out.exists()
+
+
 def test_out_that_is_an_input_is_refused(make, base):
     path = make("dare")
     before = path.read_bytes()
