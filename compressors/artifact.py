@@ -15,8 +15,8 @@ digests in the records every byte of the file is covered. The arrays of the reco
 | raw | delta, in the parameter's shape |
 | rows | row_idx i32 [t], row_delta [t, width]; int8 has row_scale f32 [t] too; rows past the base's last are new ones, whole |
 
-Values are fp16, bf16 or int8; or u8 where the record has `bits`: runs of columns with their width, each packed by itself
-(packing.py). An integer is a multiple of its column's step, which coef or scale holds.
+Values are fp16, bf16 or int8, and fp32 where a merged delta needs it; or u8 where the record has `bits`: runs of columns with
+their width, each packed by itself (packing.py). An integer is a multiple of its column's step, which coef or scale holds.
 
 Format 1 had seeded masks, the kinds zero, impart, lowrank, raw and rows, and no `bits`; it is read as it was.
 """
@@ -109,6 +109,24 @@ class TokenizerInfo(_Strict):
     chat_template: str | None = None
 
 
+class MergedPart(_Strict):
+    """A delta that went into a merged one: the sha256 of its file, and its weight."""
+
+    sha256: str
+    weight: float
+
+
+class Merged(_Strict):
+    """What a merged delta was made of. `retain`: the share of entries that TIES kept; None for Task Arithmetic."""
+
+    method: Literal["ta", "ties"]
+    scale: float
+    retain: float | None = None
+    parts: tuple[MergedPart, ...]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
 class Manifest(_Strict):
     """Everything that a file says about itself. Holds no time and no path: the same inputs give the same bytes.
 
@@ -133,6 +151,7 @@ class Manifest(_Strict):
     ratios: Ratios
     tokenizer: TokenizerInfo
     tool: str
+    merged: Merged | None = Field(default=None, exclude_if=_is_none)
     tensors: dict[str, Record]
 
 

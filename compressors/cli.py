@@ -1,4 +1,4 @@
-"""`deltaworks delta compress | import | inspect | verify | decompress`."""
+"""`deltaworks delta compress | import | merge | inspect | verify | decompress`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compressors import compress_cli
+from compressors import compress_cli, merge_cli
 from compressors.errors import DeltaError
 
 _EXAMPLES = """examples:
   deltaworks delta compress default runs/json/model -o json.safetensors
   deltaworks delta compress /models/llama-3-8b /models/my-tune -o tune.safetensors --bytes-ratio 32 --value-dtype int4
   deltaworks delta import my-lora/ -o lora.safetensors --base default
+  deltaworks delta merge json.safetensors captain.safetensors -o both.safetensors --base default --weights 0.5,0.5
   deltaworks delta inspect json.safetensors
   deltaworks delta verify json.safetensors --base default
   deltaworks delta decompress json.safetensors --base default -o merged/
@@ -26,13 +27,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Join `delta` to the command line."""
     delta = subparsers.add_parser(
         "delta",
-        help="compress a fine-tune into a delta, and look at, check or undo one",
+        help="compress a fine-tune into a delta, merge deltas, and look at, check or undo one",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = delta.add_subparsers(dest="action", required=True, metavar="ACTION")
     compress_cli.add_parser(actions, _reporting)
     _add_import(actions)
+    merge_cli.add_parser(actions, _reporting)
     inspect = actions.add_parser("inspect", help="print what a delta holds and its three compression ratios")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")

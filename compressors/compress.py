@@ -74,7 +74,7 @@ def compress_each(
             for encoded in calibrated(old, new, config, calibration, progress):
                 outputs[0].add(encoded)
         with one_thread_per_operation() as workers:
-            done = _in_order(tasks, workers)
+            done = in_order(tasks, workers)
             for each in tqdm(done, "compressing", total=len(tasks), unit="matrix", disable=not progress):
                 for output, encoded in zip(outputs, each, strict=True):
                     output.add(encoded)
@@ -105,7 +105,7 @@ class _Output:
         manifest = Manifest(
             method=self.config.method,
             mask="seeded",
-            **_settings(self.config),
+            **settings(self.config),
             **common,
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
@@ -125,8 +125,8 @@ def _without_projections(names: Iterable[str], old: Checkpoint, new: Checkpoint)
     return [name for name in names if not projection_parts(name, new.shape(name), old.config)]
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings of the manifest; those that the method does not have are None, and the seed 0."""
+def settings(config: Config | None) -> dict[str, Any]:
+    """The settings of the manifest; those that the method does not have are None, and the seed 0; no method has none."""
     names = ("ratio", "bytes_ratio", "beta", "c", "rule", "rescale", "value_dtype")
     found = {name: getattr(config, name, None) for name in names}
     if found["bytes_ratio"] is not None:
@@ -168,7 +168,7 @@ def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtypes: Sequence[st
     return [encode_raw(name, old.finite(name), new.finite(name))] * len(rows_dtypes)
 
 
-def _in_order(tasks: Iterable[Task], workers: int) -> Iterator[list[Encoded]]:
+def in_order(tasks: Iterable[Task], workers: int) -> Iterator[list[Encoded]]:
     """Results in the order of the tasks, with at most `workers` of them under way or waiting."""
     waiting: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

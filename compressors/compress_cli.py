@@ -13,7 +13,7 @@ Action = Callable[[argparse.Namespace], int]
 
 _METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta")
 _SEQUENCE = 256  # tokens of a calibration sequence
-_SETTINGS = (
+SETTINGS = (
     "ratio",
     "bytes_ratio",
     "beta",
@@ -108,7 +108,7 @@ def _compress(args: argparse.Namespace) -> int:
     from compressors.inspect import summary, text
 
     calibration = _calibration(args)
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     base = resolve_base(args.base)
     if args.auto:
         _search(base, args, given, calibration)

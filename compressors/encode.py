@@ -91,21 +91,28 @@ def byte_budget(shape: tuple[int, int], bytes_ratio: float) -> int:
 
 
 def encode_rows(name: str, before: torch.Tensor, after: torch.Tensor, dtype: str = "int8") -> Encoded:
-    """A vocabulary table [rows, width], as stored: changed rows as deltas and rows past the base's last one whole.
-
-    Row values are int8 with one fp32 scale per row (its largest value / 127), or fp16; fp16 also where int8 would cost the
-    table more than 2 % (rows with outliers), and fp32 where fp16 would overflow.
-    """
+    """A vocabulary table [rows, width], as stored: changed rows as deltas and rows past the base's last one whole."""
     index, rows = _changed_rows(before, after)
+    return encode_changed_rows(name, tuple(after.shape), index, rows, dtype)
+
+
+def encode_changed_rows(
+    name: str, shape: tuple[int, ...], index: torch.Tensor, rows: torch.Tensor, dtype: str
+) -> Encoded:
+    """Ascending numbers [t] of changed rows and their fp32 values [t, width].
+
+    Values are int8 with one fp32 scale per row (its largest value / 127), fp16 or fp32; fp16 also where int8 would cost the
+    table more than 2 % (rows with outliers) or holds what fp32 would, and fp32 where fp16 would overflow.
+    """
     if not len(index):
-        return Encoded(name, "zero", tuple(after.shape))
+        return Encoded(name, "zero", shape)
     arrays: dict[str, Array] = {"row_idx": index.numpy().astype(np.int32)}
     rounded = _int8_rows(rows) if dtype == "int8" else None
     if rounded is not None:
         arrays |= {"row_delta": _numpy(rounded[0]), "row_scale": _numpy(rounded[1])}
     else:
-        arrays["row_delta"] = _half(rows)
-    return Encoded(name, "rows", tuple(after.shape), arrays)
+        arrays["row_delta"] = exact_half(rows) if dtype == "fp32" else _half(rows)
+    return Encoded(name, "rows", shape, arrays)
 
 
 def _int8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -146,6 +153,22 @@ def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tens
         indices.append(changed.nonzero()[:, 0] + start)
         rows.append(block[changed])
     return torch.cat(indices), torch.cat(rows)
+
+
+def encode_dense(name: str, delta: torch.Tensor, dtype: str) -> Encoded:
+    """A delta fp32 as it is, in fp16 or bf16, or in "fp32": then in fp16 all the same where that loses nothing."""
+    shape = tuple(delta.shape)
+    if not delta.any():
+        return Encoded(name, "zero", shape)
+    if dtype == "bf16":
+        return Encoded(name, "raw", shape, {"delta": delta.bfloat16().view(torch.int16).numpy().view(np.uint16)})
+    return Encoded(name, "raw", shape, {"delta": exact_half(delta) if dtype == "fp32" else _half(delta)})
+
+
+def exact_half(values: torch.Tensor) -> Array:
+    """fp16 where that is every value exactly, else fp32."""
+    half = values.half()
+    return _numpy(half if torch.equal(half.float(), values) else values)
 
 
 def _half(values: torch.Tensor) -> Array:

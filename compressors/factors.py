@@ -159,18 +159,20 @@ def _sparse(artifact: Source, name: str, record: Record, masks: MaskSource) -> F
 
 
 def _signs(artifact: Source, name: str, record: Record) -> Factors:
-    """A sign for every entry, and one scale, or one a row."""
+    """A sign for every entry, and one scale (U is the signs, V the identity) or one a row (U the identity, V the signs)."""
     rows, columns = record.shape
     packed = artifact.array(f"{name}::signs")
     positive = np.unpackbits(packed, count=rows * columns, bitorder="little").reshape(rows, columns)
+    signs = np.where(positive, np.float32(1), np.float32(-1))
     scale = artifact.array(f"{name}::scale")
-    dense = np.where(positive, np.float32(1), np.float32(-1))
-    one = len(scale) == 1
-    values = dense if one else dense * scale[:, None]
-    coef = np.full(columns, scale[0] if one else 1, dtype=np.float32)
+    if len(scale) > 1:
+        start = np.arange(rows + 1, dtype=np.int64) * columns
+        return Factors(
+            _identity(rows), Columns(start, np.tile(np.arange(columns), rows), signs.reshape(-1), True), scale
+        )
     start = np.arange(columns + 1, dtype=np.int64) * rows
-    u = Columns(start, np.tile(np.arange(rows), columns), np.ascontiguousarray(values.T).reshape(-1), one)
-    return Factors(u, _identity(columns), coef)
+    u = Columns(start, np.tile(np.arange(rows), columns), np.ascontiguousarray(signs.T).reshape(-1), True)
+    return Factors(u, _identity(columns), np.full(columns, scale[0], dtype=np.float32))
 
 
 def _raw(artifact: Source, name: str, record: Record) -> Factors:

@@ -75,7 +75,8 @@ def text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['file']}: {found['bytes']:,} bytes, method {found['method']}, {found['architecture']}",
         f"base       {found['base_name']}  {found['base_fingerprint']}",
-        f"settings   {_settings(found)}, masks {found['mask']} (seed {found['seed']})",
+        f"settings   {', '.join([*_settings(found), 'masks ' + found['mask']])} (seed {found['seed']})",
+        *_merged(found.get("merged")),
         f"ratios     {_x(ratios['values'])} by surviving values, {_x(ratios['projection_bytes'])} by bytes of the projections, "
         f"{_x(ratios['whole_file'])} whole file against the dense fine-tune",
         "",
@@ -88,11 +89,20 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _settings(found: dict[str, Any]) -> str:
+def _merged(merged: dict[str, Any] | None) -> list[str]:
+    """What a merged delta was made of."""
+    if merged is None:
+        return []
+    parts = " + ".join(f"{part['weight']:g} {part['sha256'][:12]}" for part in merged["parts"])
+    retain = "" if merged["retain"] is None else f", retain {merged['retain']:g}"
+    return [f"merged     {merged['method']}, scale {merged['scale']:g}{retain}: {parts}"]
+
+
+def _settings(found: dict[str, Any]) -> list[str]:
     """Those that the method has."""
     names = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype")
     told = [(name, found[name]) for name in names if found[name] is not None]
-    return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in told)
+    return [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in told]
 
 
 def _x(ratio: float | None) -> str:

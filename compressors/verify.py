@@ -17,7 +17,7 @@ from compressors.factors import read_rows, read_values, spread
 from compressors.layout import is_buffer, stored_name
 from compressors.packing import WIDTHS
 
-KNOWN_METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta", "lora")
+KNOWN_METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta", "lora", "ta", "ties")
 MAX_TEMPLATE_BYTES = 256 << 10
 _ARRAYS = {
     "zero": (),
@@ -195,7 +195,8 @@ def _check_values(artifact: Artifact, name: str, label: str, record: Record, kee
     key = f"{name}::{label}"
     if not record.bits:
         slots = [_VALUE_SLOTS[dtype] for dtype in (artifact.manifest.value_dtype,) if dtype in _VALUE_SLOTS]
-        _expect(artifact, key, (int(keep.sum(dtype=np.int64)),), tuple(slots) or tuple(_VALUE_SLOTS.values()))
+        known = ("F32", *_VALUE_SLOTS.values()) if artifact.manifest.value_dtype is None else _VALUE_SLOTS.values()
+        _expect(artifact, key, (int(keep.sum(dtype=np.int64)),), tuple(slots or known))
         return
     for columns, width in record.bits:
         if width not in WIDTHS or columns < 1:

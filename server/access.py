@@ -88,6 +88,8 @@ class AccessMiddleware:
             "ttft_s": made.ttft_s,
             "total_s": round(seconds, 6),
         }
+        if made.parts:
+            fields["deltas"] = [asdict(part) for part in made.parts]
         if made.steered is not None:
             fields["steering"] = _steering(made.steered)
             fields["warnings"] = [warning.code for warning in made.warnings]

@@ -55,6 +55,7 @@ class EngineSettings(Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     deltas_per_batch: int = Field(default=8, ge=1)
     max_resident_deltas: int = Field(default=16, ge=1)
+    max_resident_combinations: int = Field(default=16, ge=1)  # weighted sums of resident deltas, ready to serve
     max_resident_edits: int = Field(default=64, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)  # tokens of one step; longer prompts go in chunks

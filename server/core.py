@@ -252,6 +252,15 @@ class SteeringOptions:
 
 
 @dataclass(frozen=True)
+class DeltaPart:
+    """One delta of a combination, by name; `digest` "" until the name is resolved."""
+
+    name: str
+    weight: float
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One call of the gateway. Several prompts (legacy completions) share the permit, the resolved name and the lease.
 
@@ -272,6 +281,9 @@ class GenerationRequest:
     tool_gate: ToolGateAsk = ToolGateAsk()
     options: SteeringOptions = SteeringOptions()
     opt_out: bool = False
+    combine: tuple[
+        DeltaPart, ...
+    ] = ()  # deltas that are served as their weighted sum, beside `model`, which is the base
 
     @property
     def rows(self) -> int:

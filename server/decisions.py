@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.core import GateMode, Usage
+from server.core import DeltaPart, GateMode, Usage
 from server.engine.base import LayerReport
 from steering.toolgate import Decision
 
@@ -113,7 +113,8 @@ class Decisions:
     """
 
     started: float = field(default_factory=time.perf_counter)
-    delta: str | None = None  # the registered name, or "base"; None until the model is resolved
+    delta: str | None = None  # the registered name, "base" or "combined"; None until the model is resolved
+    parts: tuple[DeltaPart, ...] = ()  # of a combination
     system_fingerprint: str | None = None
     delta_digest: str | None = None
     base_fingerprint: str | None = None

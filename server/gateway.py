@@ -11,7 +11,7 @@ from functools import partial
 
 from server.admission import Admission, Permit
 from server.artifacts.pool import DeltaPool, EditLoadFailed, EditPool, NoCapacity, PlannedEdit
-from server.artifacts.registry import DeltaRegistry
+from server.artifacts.registry import DeltaRegistry, Resolved
 from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent, ToolUse
 from server.decisions import Decisions, ToolCalls
 from server.engine.base import EditUnavailableError, Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
@@ -127,8 +127,9 @@ class Gateway:
         self.require_ready()
         self._tools.check(request.tools)
         with self._admission.permit(request.rows) as permit:
-            resolved = self._registry.resolve(request.model)
+            resolved = self._resolve(request)
             decisions.delta = resolved.name if resolved.delta else "base"
+            decisions.parts = resolved.parts
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
             self._note_identity(request, resolved.delta, decisions)
             asked = time.perf_counter()
@@ -173,6 +174,12 @@ class Gateway:
             async for event in events:
                 admitted.permit.started()
                 yield event
+
+    def _resolve(self, request: GenerationRequest) -> Resolved:
+        """Raises ModelNotFound, InvalidRequest."""
+        if not request.combine:
+            return self._registry.resolve(request.model)
+        return self._registry.combine(request.model, request.combine, isinstance(request.prompts[0], ChatPrompt))
 
     def _note_identity(self, request: GenerationRequest, delta: EngineDelta | None, decisions: Decisions) -> None:
         """What a label of this answer, or a policy that is fitted on it, is bound to."""

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from server import gate_report
@@ -123,6 +123,7 @@ class Reply(ABC):
         return {
             "delta": made.delta if made.delta_digest else None,
             "delta_digest": made.delta_digest,
+            **({"deltas": [asdict(part) for part in made.parts]} if made.parts else {}),
             "base_fingerprint": made.base_fingerprint,
             "template_sha256": made.template_sha256,
             **self._steering(),

@@ -20,6 +20,7 @@ from server.core import (
     TokenPrompt,
     ToolUse,
 )
+from server.delta_schema import CombinationBody
 from server.message_schema import ChatMessage, check_answers, to_messages
 from server.steering_schema import ConflictBody, SteeringBody
 from server.tool_gate_schema import ToolGateBody
@@ -62,6 +63,7 @@ class SamplingFields(WireModel):
     logit_bias: dict[str, Any] | None = None
     steering: SteeringBody | None = None
     conflict: ConflictBody | None = None
+    delta: CombinationBody | None = None
     extra_body: Any = None  # clients unpack it before they send; what arrives packed would be ignored in silence
 
     @model_validator(mode="after")
@@ -116,6 +118,7 @@ class SamplingFields(WireModel):
             conflict=self.conflict.to_check() if self.conflict else None,
             options=self.steering.to_options() if self.steering else SteeringOptions(),
             opt_out=self.steering is None and "steering" in self.model_fields_set,
+            combine=self.delta.to_parts() if self.delta else (),
         )
 
 

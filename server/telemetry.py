@@ -136,6 +136,7 @@ class Telemetry:
         self.deltas.resident_bytes = Gauge(
             "deltaworks_resident_delta_bytes", "Engine memory that resident deltas take.", registry=registry
         )
+        self.combinations = ResidencyMetrics("combination", registry)
         self.edits = ResidencyMetrics("edit", registry)
         self.steering = SteeringMetrics(registry)
         self.tool_calls = Counter(
@@ -156,7 +157,7 @@ class Telemetry:
                 uploads.labels(outcome)
 
     def delta_label(self, delta: str | None) -> str:
-        """`delta` must be a registered name; None is a request that resolved none."""
+        """`delta` must be a registered name or one of the words that no delta may have; None is a request that resolved none."""
         if delta is None:
             return "none"
         if delta not in self._delta_labels and len(self._delta_labels) >= MAX_DELTA_LABELS:

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from server.core import GatewayError, InvalidRequest
 
 # Fields of the request in which a mistake is named to the last part. Validators of our own do so everywhere.
-_DOTTED = ("steering", "conflict", "tools", "tool_choice", "tool_gate")
+_DOTTED = ("steering", "conflict", "tools", "tool_choice", "tool_gate", "delta")
 _OWN_ERRORS = ("missing_at", "wrong_at")
 _MAX_PARAM = 200
 

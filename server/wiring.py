@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 from server.admission import Admission
 from server.artifacts.checks import Checks
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
-from server.artifacts.pool import DeltaPool, EditPool
+from server.artifacts.pool import CombinationPool, DeltaPool, EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
@@ -49,7 +49,10 @@ def wire(
     saes = Registry(shelf, SAE, Ref[SAEVersion])
     policies = Registry(shelf, POLICY, Ref[PolicyVersion])
     shelf.recover()
-    pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas)
+    combinations = CombinationPool(
+        engine, settings.engine.max_resident_combinations, limits.delta_wait_s, telemetry.combinations
+    )
+    pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas, combinations)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
     tools = settings.tools
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,7 @@ class NativeFactors:
 
     structs: ctypes.Array[FactorStruct]
     factors: tuple[SparseFactor, ...]
+    shared: bool = False  # all but the coefficients belongs to another delta
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,15 @@ class NativeSparse:
             )
         return NativeFactors(structs, tuple(factors))
 
+    def scaled(self, prepared: NativeFactors, weight: float) -> NativeFactors:
+        """The same delta times `weight`; entries are shared, so it costs the coefficients alone."""
+        factors = [replace(factor, coef=factor.coef * np.float32(weight)) for factor in prepared.factors]
+        return replace(self.prepare(factors), shared=True)
+
     def nbytes(self, prepared: NativeFactors) -> int:
-        """Bytes that `prepared` holds."""
-        return ctypes.sizeof(prepared.structs) + sum(factor.nbytes for factor in prepared.factors)
+        """Bytes that `prepared` holds for itself."""
+        own = [factor.coef.nbytes if prepared.shared else factor.nbytes for factor in prepared.factors]
+        return ctypes.sizeof(prepared.structs) + sum(own)
 
     def group(self, parts: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]) -> NativeGroups:
         """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class CsrFactor:
     vt: torch.Tensor
     u: torch.Tensor
     nbytes: int
+    scale: float = 1.0
 
 
 class TorchCsr:
@@ -35,6 +36,10 @@ class TorchCsr:
     def prepare(self, factors: Sequence[SparseFactor]) -> tuple[CsrFactor, ...]:
         """Execution form of all parts of one linear."""
         return tuple(self._csr(factor) for factor in factors)
+
+    def scaled(self, prepared: tuple[CsrFactor, ...], weight: float) -> tuple[CsrFactor, ...]:
+        """The same delta times `weight`; the matrices are shared, so it costs nothing."""
+        return tuple(replace(factor, nbytes=0, scale=factor.scale * weight) for factor in prepared)
 
     def nbytes(self, prepared: tuple[CsrFactor, ...]) -> int:
         """Bytes that `prepared` holds."""
@@ -52,6 +57,8 @@ class TorchCsr:
             columns = x[rows].float().T.contiguous()
             for factor in prepared:
                 added = (factor.u @ (factor.vt @ columns)).T
+                if factor.scale != 1.0:
+                    added = added * factor.scale
                 end = factor.out_offset + added.shape[1]
                 y[rows, factor.out_offset : end] = (y[rows, factor.out_offset : end].float() + added).to(y.dtype)
 

@@ -10,12 +10,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from server.artifacts.registry import DELTA, KindError
-from server.core import GatewayError
+from server.core import GatewayError, InvalidRequest
 from server.engine.base import Engine, EngineDelta, EngineEdit, EngineLoadError
 from server.telemetry import ResidencyMetrics
 
@@ -223,10 +223,74 @@ class Pool(ABC, Generic[Item]):
         return True
 
 
+class CombinationPool(Pool[EngineDelta]):
+    """Keys are the digests of combinations, which a `DeltaPool` holds together with their parts; none outlives a part."""
+
+    kind = "combination"
+
+    def key(self, item: EngineDelta) -> str:
+        return item.digest
+
+    async def engine_load(self, item: EngineDelta) -> int:
+        return await self._engine.load(item)
+
+    async def engine_unload(self, item: EngineDelta) -> None:
+        await self._engine.unload(item)
+
+    def forget(self, part: str) -> None:
+        """A part leaves, so nobody leases what is made of it: that leaves too."""
+        for resident in self.residents():
+            if any(part == one.delta.digest for one in resident.item.parts):
+                self._leave(resident)
+
+
 class DeltaPool(Pool[EngineDelta]):
-    """Keys are the deltas' digests."""
+    """Keys are the deltas' digests. A lease of a combination is one of each of its parts too."""
 
     kind = DELTA
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_resident: int,
+        wait_s: float,
+        metrics: ResidencyMetrics,
+        combinations: CombinationPool,
+    ) -> None:
+        super().__init__(engine, max_resident, wait_s, metrics)
+        self.combinations = combinations
+
+    @contextmanager
+    def hold(self, item: EngineDelta) -> Iterator[None]:
+        if not item.parts:
+            with super().hold(item):
+                yield
+            return
+        with ExitStack() as held:
+            for part in item.parts:
+                held.enter_context(super().hold(part.delta))
+            held.enter_context(self.combinations.hold(item))
+            yield
+
+    async def make_resident(self, item: EngineDelta) -> None:
+        """Raises InvalidRequest too, for more parts than there is ever room for."""
+        if not item.parts:
+            await super().make_resident(item)
+            return
+        if len(item.parts) > self.max_resident:
+            message = f"this server keeps at most {self.max_resident} deltas in memory, so it cannot combine more"
+            raise InvalidRequest(message, param="delta")
+        for part in item.parts:
+            await super().make_resident(part.delta)
+        await self.combinations.make_resident(item)
+
+    async def close(self) -> None:
+        await self.combinations.close()
+        await super().close()
+
+    def _leave(self, resident: Resident[EngineDelta]) -> asyncio.Task[None]:
+        self.combinations.forget(self.key(resident.item))
+        return super()._leave(resident)
 
     def key(self, item: EngineDelta) -> str:
         return item.digest

@@ -3,21 +3,23 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from pydantic import ValidationError
 
+from server.artifacts.combination import combination
 from server.artifacts.store import Incoming, Store, StoreError
 from server.artifacts.versions import DeltaVersion, Ref, V
-from server.core import GatewayError
-from server.engine.base import EngineDelta
+from server.core import DeltaPart, GatewayError, InvalidRequest
+from server.engine.base import EngineDelta, WeightedDelta
 
 DELTA, PROFILE, SAE, POLICY = "delta", "profile", "sae", "policy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_METRIC_LABELS = ("base", "none", "other")  # what stands for no registered delta in the metrics
+COMBINED = "combined"
+_METRIC_LABELS = ("base", "none", "other", COMBINED)  # what stands for no registered delta in the metrics
 
 log = logging.getLogger("deltaworks.registry")
 
@@ -234,10 +236,11 @@ class Registry(Generic[V]):
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request's `model` means: the base (`delta` None), or a delta at one digest."""
+    """What a request means: the base (`delta` None), a delta at one digest, or a combination of `parts`, at theirs."""
 
     name: str
     delta: EngineDelta | None
+    parts: tuple[DeltaPart, ...] = ()
 
 
 class DeltaRegistry(Registry[DeltaVersion]):
@@ -256,13 +259,36 @@ class DeltaRegistry(Registry[DeltaVersion]):
         """Raises ModelNotFound."""
         if model == self.base_id:
             return Resolved(self.base_id, None)
-        ref = self._refs.get(model)
+        return Resolved(model, self._delta(model, "model"))
+
+    def combine(self, model: str, parts: Sequence[DeltaPart], chat: bool) -> Resolved:
+        """The weighted sum of named deltas; one alone that counts once is that delta. `chat`: its template will be used.
+
+        Raises ModelNotFound, InvalidRequest.
+        """
+        if self.resolve(model).delta is not None:
+            message = f"model names a delta, and so does delta; beside delta, model is the base, {self.base_id!r}"
+            raise InvalidRequest(message, param="model")
+        deltas: list[WeightedDelta] = []
+        for i, part in enumerate(parts):
+            found = self._delta(part.name, f"delta.{i}.name")
+            if any(found == other.delta for other in deltas):
+                raise InvalidRequest("two names of one and the same delta; add up its weights", param=f"delta.{i}.name")
+            deltas.append(WeightedDelta(found, part.weight))
+        if len(parts) == 1 and parts[0].weight == 1:
+            return Resolved(parts[0].name, deltas[0].delta)
+        named = tuple(replace(part, digest=one.delta.digest) for part, one in zip(parts, deltas, strict=True))
+        return Resolved(COMBINED, combination(deltas, chat), named)
+
+    def _delta(self, name: str, param: str) -> EngineDelta:
+        """The active version of a delta, as the engine knows it. Raises ModelNotFound."""
+        ref = self._refs.get(name)
         if ref is None or ref.digest is None:
-            raise ModelNotFound("the model does not exist, or you have no access to it", param="model")
+            raise ModelNotFound("the model does not exist, or you have no access to it", param=param)
         delta, version = self.engine_delta(ref.digest), ref.active()
         if version is not None:
             delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
-        return Resolved(ref.name, delta)
+        return delta
 
     def engine_delta(self, digest: str) -> EngineDelta:
         return EngineDelta(digest, self.path(digest))

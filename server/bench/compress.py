@@ -231,8 +231,8 @@ def _print(facts: dict[str, str], references: dict[str, tuple[float, float, floa
         told = " ".join(f"{name}={value}" for name, value in one.settings.items())
         ratios = " ".join(f"{value or 0:>6.1f}" for value in (one.values, one.projection_bytes, one.whole_file))
         print(
-            f"{one.bytes_ratio:>5g}x {one.method:10} {kl_text:>17} {sum(one.loss) / len(one.loss):>8.4f} {success_text:>15}  {ratios}"
-            f" {one.seconds:>5.0f} {one.peak_mib:>6.0f}  {told}"
+            f"{one.bytes_ratio:>5g}x {one.method:10} {kl_text:>17} {sum(one.loss) / len(one.loss):>8.4f} {success_text:>15}"
+            f"  {ratios} {one.seconds:>5.0f} {one.peak_mib:>6.0f}  {told}"
         )
 
 

@@ -31,13 +31,24 @@ class EditUnavailableError(EngineError):
 class EngineDelta:
     """A delta as the engine knows it: the digest is the only identity, the path a local file of the artifact.
 
-    `chat_template` is the fine-tune's where it has one of its own; `stop_ids` are its end tokens, in place of the base's.
+    `chat_template` is the fine-tune's where it has one of its own; `stop_ids` are its end tokens, in place of the base's, or beside
+    them where `base_stops`. A combination has `parts` in place of a path: it is their weighted sum.
     """
 
     digest: str
     path: str
     chat_template: str = field(default="", compare=False)
     stop_ids: tuple[int, ...] = field(default=(), compare=False)
+    base_stops: bool = field(default=False, compare=False)
+    parts: tuple["WeightedDelta", ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """One delta of a combination."""
+
+    delta: EngineDelta
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class Engine(Protocol):
         ...
 
     async def load(self, delta: EngineDelta) -> int:
-        """Make a delta resident and return its resident bytes. Raises EngineLoadError."""
+        """Make a delta resident and return its resident bytes; a combination's parts must be. Raises EngineLoadError."""
         ...
 
     async def unload(self, delta: EngineDelta) -> None: ...

@@ -1,7 +1,7 @@
 """The engine: vLLM's AsyncLLM, whose core runs in a child process, with our plugin inside.
 
-Deltas travel as LoRA requests whose name is the content digest. The first loads come through `load`, on the gateway's
-word alone; the request then only names what is resident.
+Deltas, and combinations of them, travel as LoRA requests whose name is the content digest. The first loads come through `load`, on
+the gateway's word alone; the request then only names what is resident.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class VLLMEngine:
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
         lora = None if delta is None else self._lora_request(delta)
-        params = _sampling_params(sampling, delta.stop_ids if delta is not None else ())
+        params = _sampling_params(sampling, delta)
         if edit is not None:
             params.extra_args = self._edited_request(edit, request_id).to_extra_args()
         stream = self._running().generate(prompt, params, request_id, lora_request=lora)
@@ -124,8 +124,12 @@ class VLLMEngine:
 
     async def load(self, delta: EngineDelta) -> int:
         """Make a delta resident on every worker; returns its bytes in execution form, all workers together."""
-        request = self._lora_request(delta)
-        replies = await self._ask_workers("deltaworks_load", delta.digest, request.lora_int_id, delta.path)
+        adapter = self._lora_request(delta).lora_int_id
+        if delta.parts:
+            parts = [(self._lora_request(part.delta).lora_int_id, part.weight) for part in delta.parts]
+            replies = await self._ask_workers("deltaworks_combine", delta.digest, adapter, parts)
+        else:
+            replies = await self._ask_workers("deltaworks_load", delta.digest, adapter, delta.path)
         errors = [reply["error"] for reply in replies if "error" in reply]
         if errors:
             await self.unload(delta)
@@ -134,7 +138,10 @@ class VLLMEngine:
 
     async def unload(self, delta: EngineDelta) -> None:
         """Drop a delta from memory; nothing happens when it is not resident."""
-        await self._ask_workers("deltaworks_unload", self._lora_request(delta).lora_int_id)
+        adapter = self._lora_request(delta).lora_int_id
+        if delta.parts:  # there is no end to weights, so their numbers are not kept
+            del self._adapter_ids[delta.digest]
+        await self._ask_workers("deltaworks_unload", adapter)
 
     async def load_edit(self, edit: EngineEdit) -> None:
         """Make an edit resident on every worker. Raises EngineLoadError, or EditUnavailableError where no edit can work."""
@@ -186,7 +193,7 @@ class VLLMEngine:
         adapter = self._adapter_ids.get(delta.digest)
         if adapter is None:
             adapter = self._adapter_ids[delta.digest] = next(self._next_id)
-        return LoRARequest(delta.digest, adapter, delta.path)
+        return LoRARequest(delta.digest, adapter, delta.path or "combination")
 
     def _build(self) -> None:
         """Keeps vLLM's engine here and nowhere else: whatever else held it would hold it past `stop`."""
@@ -274,10 +281,12 @@ def _set_environment(settings: EngineSettings) -> None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
 
 
-def _sampling_params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:
-    """`stop_ids`: a fine-tune's end tokens, in place of the base's, which `ignore_eos` takes away."""
+def _sampling_params(sampling: Sampling, delta: EngineDelta | None) -> SamplingParams:
+    """A fine-tune's end tokens stand in place of the base's, which `ignore_eos` takes away, unless it keeps those too."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+    stop_ids = delta.stop_ids if delta is not None else ()
+    own_only = bool(stop_ids) and not (delta is not None and delta.base_stops)
     schema = sampling.json_schema
     return SamplingParams(
         n=sampling.n,
@@ -292,7 +301,7 @@ def _sampling_params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingP
         logprobs=sampling.logprobs,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        ignore_eos=sampling.ignore_eos or bool(stop_ids),
+        ignore_eos=sampling.ignore_eos or own_only,
         stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
         structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         skip_special_tokens=sampling.skip_special_tokens,

@@ -79,6 +79,8 @@ async def status(context: Ctx) -> dict[str, Any]:
         "max_resident_deltas": context.pool.max_resident,
         "resident_bytes": sum(resident.nbytes or 0 for resident in context.pool.residents()),
         "resident": residents,
+        "resident_combinations": len(context.pool.combinations.residents()),
+        "max_resident_combinations": context.pool.combinations.max_resident,
         "max_resident_edits": context.edits.max_resident,
         "resident_edits": len(context.edits.residents()),
         "rows_in_flight": context.admission.rows,

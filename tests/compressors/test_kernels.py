@@ -94,6 +94,21 @@ def test_bf16_rounds_once(kernel):
     assert (y == expected).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("form", ["native", "torch"])
+def test_a_scaled_delta_counts_its_weight_and_shares_the_entries(kernel, form):
+    rng = np.random.default_rng(2)
+    factor, delta = random_factor(rng, 40, 30, 0, 6, 0.5, packed=True)
+    product = NativeSparse(kernel, 1) if form == "native" else TorchCsr(torch.device("cpu"))
+    prepared = product.prepare([factor])
+    scaled = product.scaled(product.scaled(prepared, 3.0), -0.5)
+    x, y = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)), torch.zeros(5, 40)
+    product.apply(y, x, product.group([(scaled, np.arange(5))]))
+    torch.testing.assert_close(y, -1.5 * (x @ delta.T), rtol=1e-4, atol=1e-4)
+    product.apply(y, x, product.group([(prepared, np.arange(5))]))
+    torch.testing.assert_close(y, -0.5 * (x @ delta.T), rtol=1e-4, atol=1e-4)
+    assert product.nbytes(scaled) < 0.2 * product.nbytes(prepared)
+
+
 def test_reads_rows_of_a_wider_matrix(kernel):
     rng = np.random.default_rng(1)
     factor, delta = random_factor(rng, 20, 30, 0, 5, 0.5, packed=True)

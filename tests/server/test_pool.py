@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.artifacts.pool import ArtifactInUse, DeltaPool, NoCapacity
+from server.artifacts.pool import ArtifactInUse, CombinationPool, DeltaPool, NoCapacity
 from server.engine.base import EngineDelta
 from server.telemetry import Telemetry
 
@@ -50,7 +50,8 @@ def telemetry() -> Telemetry:
 
 @pytest.fixture
 async def pool(engine: Any, telemetry: Telemetry) -> AsyncGenerator[DeltaPool, None]:
-    pool = DeltaPool(engine, max_resident=2, wait_s=0.5, metrics=telemetry.deltas)
+    combinations = CombinationPool(engine, 2, 0.5, telemetry.combinations)
+    pool = DeltaPool(engine, 2, 0.5, telemetry.deltas, combinations)
     yield pool
     await pool.close()
 
@@ -104,7 +105,8 @@ async def test_waiting_ends_when_a_lease_ends(pool: DeltaPool, engine: Loader) -
 
 
 async def test_no_room_in_time_is_an_error(engine: Any, telemetry: Telemetry) -> None:
-    pool = DeltaPool(engine, max_resident=1, wait_s=0.02, metrics=telemetry.deltas)
+    combinations = CombinationPool(engine, 1, 0.02, telemetry.combinations)
+    pool = DeltaPool(engine, 1, 0.02, telemetry.deltas, combinations)
     async with pool.lease(delta("a")):
         with pytest.raises(NoCapacity) as caught:
             await pool.load(delta("b"))

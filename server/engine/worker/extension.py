@@ -34,6 +34,15 @@ class DeltaWorker:
             return {"error": str(error)}
         return {"nbytes": manager.resident_bytes()[adapter_id]}
 
+    def deltaworks_combine(self, digest: str, adapter_id: int, parts: list[tuple[int, float]]) -> dict[str, Any]:
+        """Make a weighted sum of resident deltas resident: the bytes that it takes beside theirs, or the reason why not."""
+        manager: DeltaManager = self.model_runner.lora_manager
+        try:
+            manager.combine(adapter_id, digest, parts)
+        except DeltaUnavailableError as error:
+            return {"error": str(error)}
+        return {"nbytes": manager.resident_bytes()[adapter_id]}
+
     def deltaworks_unload(self, adapter_id: int) -> bool:
         """Drop a delta; False when it was not resident."""
         manager: DeltaManager = self.model_runner.lora_manager

@@ -26,6 +26,10 @@ class Kernel(Protocol):
         """Execution form of all parts of one linear for one delta."""
         ...
 
+    def scaled(self, prepared: Any, weight: float) -> Any:
+        """The same delta times `weight`, which shares what it can with `prepared`."""
+        ...
+
     def nbytes(self, prepared: Any) -> int: ...
 
     def group(self, parts: Sequence[tuple[Any, npt.NDArray[np.int64]]]) -> Any:
@@ -47,25 +51,36 @@ class DeltaState:
 
 @dataclass
 class DeltaLinear:
-    """The deltas resident on one linear layer, by adapter id, in the kernel's execution form."""
+    """The deltas resident on one linear layer, by adapter id, in the kernel's execution form: one, or the parts of a combination.
+
+    The parts of a combination are added in turns, part i of every row together: two of one row at once would race.
+    """
 
     state: DeltaState
-    resident: dict[int, Any] = field(default_factory=dict)
+    resident: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     _plan: StepPlan | None = None
-    _groups: Any = None
+    _turns: tuple[Any, ...] = ()
 
     def add(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         """y [T, out] += the deltas of x [T, in], in place, for the rows that `plan` names."""
         if plan is not self._plan:
-            parts = [(self.resident[adapter], rows) for adapter, rows in plan.groups if adapter in self.resident]
-            self._groups = self.state.kernel.group(parts) if parts else None
+            self._turns = self._grouped(plan)
             self._plan = plan
-        if self._groups is not None:
-            self.state.kernel.apply(y, x, self._groups)
+        for groups in self._turns:
+            self.state.kernel.apply(y, x, groups)
 
     def forget(self) -> None:
         """Drop what was derived from the last plan, so that no pointer outlives the delta behind it."""
-        self._plan = self._groups = None
+        self._plan, self._turns = None, ()
+
+    def _grouped(self, plan: StepPlan) -> tuple[Any, ...]:
+        turns: list[list[tuple[Any, npt.NDArray[np.int64]]]] = []
+        for adapter, rows in plan.groups:
+            for i, prepared in enumerate(self.resident.get(adapter, ())):
+                if i == len(turns):
+                    turns.append([])
+                turns[i].append((prepared, rows))
+        return tuple(self.state.kernel.group(parts) for parts in turns)
 
 
 class DeltaLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are untyped for us

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class DeltaManager:
         for name, factors in loaded.items():
             prepared = kernel.prepare(factors)
             nbytes += kernel.nbytes(prepared)
-            self._linears[name].resident[adapter] = prepared
+            self._linears[name].resident[adapter] = (prepared,)
         self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
@@ -102,6 +102,28 @@ class DeltaManager:
             "delta %.12s resident: %d bytes in %.2f s", lora_request.lora_name, nbytes, time.perf_counter() - started
         )
         return True
+
+    def combine(self, adapter: int, digest: str, parts: Sequence[tuple[int, float]]) -> None:
+        """Make a weighted sum of resident deltas (adapter id, weight) resident, sharing their entries.
+
+        Raises DeltaUnavailableError.
+        """
+        if adapter in self._resident_bytes:
+            return
+        for part, _ in parts:
+            if part not in self._resident_bytes:
+                raise DeltaUnavailableError(f"combination {digest:.12} has a part that is not resident")
+        kernel = self._state.kernel
+        outside = self._outside.combine(parts)
+        nbytes = outside.nbytes
+        for linear in self._linears.values():
+            held = [(one, weight) for part, weight in parts for one in linear.resident.get(part, ())]
+            if held:
+                linear.resident[adapter] = tuple(kernel.scaled(one, weight) for one, weight in held)
+                nbytes += sum(kernel.nbytes(one) for one in linear.resident[adapter])
+        self._outside.install(adapter, outside)
+        self._resident_bytes[adapter] = nbytes
+        self._forget_plans()
 
     def _load(self, path: Path, digest: str) -> tuple[dict[str, list[SparseFactor]], Prepared]:
         loaded: dict[str, list[SparseFactor]] = {}

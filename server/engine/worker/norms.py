@@ -7,7 +7,7 @@ weights unrounded. x [T, d] or, for norms of single heads, [T, heads, d].
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,15 @@ class DeltaNorm:
         if getattr(self.module, "variance_size_override", None) is not None:
             raise PlacementError(f"{self.key}: norms over a part of their input are not served per request")
         return base.detach().float() + delta.to(base.device)
+
+    def combine(self, parts: Sequence[tuple[int, float]]) -> dict[str, torch.Tensor]:
+        """The vectors of a weighted sum of resident fine-tunes: the base's plus every (adapter, weight)'s change; may be none."""
+        combined: dict[str, torch.Tensor] = {}
+        for adapter, weight in parts:
+            for leaf, vector in self.resident.get(adapter, {}).items():
+                base = self._base(leaf)
+                combined[leaf] = combined.get(leaf, base) + weight * (vector - base)
+        return combined
 
     def forget(self) -> None:
         self._plan = self._group = None

@@ -7,8 +7,8 @@ The manager asks `prepare` for every record that is no projection (nothing is ch
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,15 +28,17 @@ from server.engine.worker.vocabulary import RowTable, wrap_embedding, wrap_head
 class Prepared:
     """The changes of one delta outside its projections, by module name."""
 
-    embeddings: dict[str, RowTable] = field(default_factory=dict)
-    head: RowTable | None = None
+    embeddings: dict[str, tuple[RowTable, ...]] = field(default_factory=dict)
+    head: tuple[RowTable, ...] = ()
+    shared_tables: bool = False  # they belong to the parts of a combination
     norms: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory; a tied table counts once."""
-        tables = {id(table.values): table.nbytes for table in (*self.embeddings.values(), self.head) if table}
+        found = () if self.shared_tables else (*self.embeddings.values(), self.head)
+        tables = {id(table.values): table.nbytes for tables in found for table in tables}
         vectors = [vector for vectors in self.norms.values() for vector in vectors.values()]
         return sum(tables.values()) + sum(vector.nbytes for vector in (*vectors, *self.biases.values()))
 
@@ -68,10 +70,29 @@ class OutsidePlane:
                 self._vector(prepared, name, torch.from_numpy(raw_delta(artifact, name)))
         return prepared
 
+    def combine(self, parts: Sequence[tuple[int, float]]) -> Prepared:
+        """The weighted sum of resident deltas (adapter id, weight) outside their projections."""
+
+        def tables(resident: Mapping[int, tuple[RowTable, ...]]) -> tuple[RowTable, ...]:
+            held = [(table, weight) for part, weight in parts for table in resident.get(part, ())]
+            return tuple(replace(table, weight=weight * table.weight) for table, weight in held)
+
+        prepared = Prepared(shared_tables=True)
+        prepared.embeddings = {
+            name: found for name, layer in self._embeddings.items() if (found := tables(layer.resident))
+        }
+        prepared.head = () if self._head is None else tables(self._head.resident)
+        prepared.norms = {name: vectors for name, norm in self._norms.items() if (vectors := norm.combine(parts))}
+        for name, bias in self._biases.items():
+            held = [weight * bias.resident[part] for part, weight in parts if part in bias.resident]
+            if held:
+                prepared.biases[name] = torch.stack(held).sum(0)
+        return prepared
+
     def install(self, adapter: int, prepared: Prepared) -> None:
-        for name, table in prepared.embeddings.items():
-            self._embeddings[name].resident[adapter] = table
-        if self._head is not None and prepared.head is not None:
+        for name, tables in prepared.embeddings.items():
+            self._embeddings[name].resident[adapter] = tables
+        if self._head is not None and prepared.head:
             self._head.resident[adapter] = prepared.head
         for name, vectors in prepared.norms.items():
             self._norms[name].resident[adapter] = vectors
@@ -119,11 +140,11 @@ class OutsidePlane:
                     f"{name}: the fine-tune adds {record.shape[0] - known} tokens to the vocabulary of {known}; "
                     "added tokens are not served"
                 )
-            prepared.embeddings[module] = table
+            prepared.embeddings[module] = (table,)
         if name == HEAD or (name == input_table(artifact.records) and _ties_head(artifact)):
             if self._head is None:
                 raise PlacementError(f"{name}: the served model has no single head that could change")
-            prepared.head = table.within(*self._head.shard)
+            prepared.head = (table.within(*self._head.shard),)
 
     def _vector(self, prepared: Prepared, name: str, delta: torch.Tensor) -> None:
         module = self._placement.module_name(name)

@@ -23,11 +23,15 @@ _BLOCK = 8192  # changed rows of a head at once: bounds the fp32 copy
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """Changed rows as stored: `index` int64 [n] ascending, `values` [n, d] in int8 or floats, `scale` fp32 [n] for int8."""
+    """Changed rows as stored: `index` int64 [n] ascending, `values` [n, d] in int8 or floats, `scale` fp32 [n] for int8.
+
+    The rows count `weight` times: in a combination of deltas, which shares its parts' tensors.
+    """
 
     index: torch.Tensor
     values: torch.Tensor
     scale: torch.Tensor | None
+    weight: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +43,7 @@ class RowTable:
             int(n) for n in torch.searchsorted(self.index, torch.tensor([start, end], device=self.index.device))
         )
         scale = None if self.scale is None else self.scale[low:high]
-        return RowTable(self.index[low:high] - start, self.values[low:high], scale)
+        return RowTable(self.index[low:high] - start, self.values[low:high], scale, self.weight)
 
     def lookup(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of `ids` [t] have changed rows, int64 [h], and those rows, fp32 [h, d]."""
@@ -47,14 +51,16 @@ class RowTable:
         hits = (self.index[at] == ids).nonzero()[:, 0]
         at = at[hits]
         rows = self.values.index_select(0, at).float()
-        return hits, rows if self.scale is None else rows * self.scale[at, None]
+        rows = rows if self.scale is None else rows * self.scale[at, None]
+        return hits, rows if self.weight == 1.0 else rows * self.weight
 
     def add_logits(self, scores: torch.Tensor, x: torch.Tensor) -> None:
         """scores fp32 [t, V] += x fp32 [t, d] by the changed rows, in place."""
         for start in range(0, len(self.index), _BLOCK):
             block = slice(start, start + _BLOCK)
             part = x @ self.values[block].float().T  # int8 is exact in fp32, so the scale may follow the product
-            scores.index_add_(1, self.index[block], part if self.scale is None else part * self.scale[block])
+            part = part if self.scale is None else part * self.scale[block]
+            scores.index_add_(1, self.index[block], part, alpha=self.weight)
 
 
 @dataclass(eq=False)
@@ -64,7 +70,7 @@ class DeltaEmbedding:
     module: VocabParallelEmbedding
     rows: StepRows
     key: str
-    resident: dict[int, RowTable] = field(default_factory=dict)
+    resident: dict[int, tuple[RowTable, ...]] = field(default_factory=dict)  # one, or those of a combination's parts
 
     def wrap(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         rows, key = self.rows, self.key
@@ -85,11 +91,14 @@ class DeltaEmbedding:
         if not self.module.reduce_results and self.module.tp_rank > 0:  # summed later: one worker's addition is enough
             return
         for adapter, rows in self.rows.groups:
-            table = self.resident.get(adapter)
-            if table is not None:
-                hits, change = table.lookup(ids.index_select(0, rows).long())
-                at = rows[hits]
-                output.index_copy_(0, at, (output.index_select(0, at).float() + change).to(output.dtype))
+            tables = self.resident.get(adapter)
+            if tables is not None:
+                mine = ids.index_select(0, rows).long()
+                embedded = output.index_select(0, rows).float()
+                for table in tables:
+                    hits, change = table.lookup(mine)
+                    embedded.index_add_(0, hits, change)
+                output.index_copy_(0, rows, embedded.to(output.dtype))
 
 
 @dataclass(eq=False)
@@ -98,7 +107,7 @@ class DeltaHead:
 
     shard: tuple[int, int]
     rows: StepRows
-    resident: dict[int, RowTable] = field(default_factory=dict)
+    resident: dict[int, tuple[RowTable, ...]] = field(default_factory=dict)  # one, or those of a combination's parts
 
     def wrap(self, apply_head: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(apply_head)
@@ -113,10 +122,11 @@ class DeltaHead:
     def add(self, logits: torch.Tensor, x: torch.Tensor) -> None:
         """logits [s, V] += x [s, d] by the changed rows of each sampled row's delta, in place."""
         for adapter, rows in self.rows.groups:
-            table = self.resident.get(adapter)
-            if table is not None and len(table.index):
-                scores = logits.index_select(0, rows).float()
-                table.add_logits(scores, x.index_select(0, rows).float())
+            tables = [table for table in self.resident.get(adapter, ()) if len(table.index)]
+            if tables:
+                scores, states = logits.index_select(0, rows).float(), x.index_select(0, rows).float()
+                for table in tables:
+                    table.add_logits(scores, states)
                 logits.index_copy_(0, rows, scores.to(logits.dtype))
 
 

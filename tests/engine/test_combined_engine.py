@@ -1,0 +1,141 @@
+"""Combinations of deltas on the real engine: the sum equals the artifact merged by Task Arithmetic, and nothing else changes."""
+
+from pathlib import Path
+
+import pytest
+
+from compressors.merge import MergeConfig, merge
+from server.artifacts.combination import combination
+from server.core import Sampling
+from server.engine.base import EngineDelta, EngineLoadError, WeightedDelta
+from server.engine.vllm import _sampling_params
+from tests.engine.bed import Row, Runner
+from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle, running
+from tests.engine.test_whole import World, untied_base, world  # noqa: F401  # fixtures
+
+pytestmark = pytest.mark.engine
+
+WEIGHTS = (0.6, 0.7)
+
+
+def combined(*parts: tuple[EngineDelta, float]) -> EngineDelta:
+    return combination([WeightedDelta(delta, weight) for delta, weight in parts], chat=False)
+
+
+def merged_file(base: Path, path: Path, *parts: tuple[EngineDelta, float]) -> EngineDelta:
+    weights = tuple(weight for _, weight in parts)
+    merge([Path(delta.path) for delta, _ in parts], base, path, MergeConfig(weights=weights))
+    return EngineDelta(digest="e" * 64, path=str(path))
+
+
+def test_a_combination_equals_the_merged_artifact_beside_its_parts_and_the_base(
+    world: World,  # noqa: F811
+    tmp_path: Path,
+):
+    """Projections, embedding, head, norms and biases; every row against the oracle with its weights merged in."""
+    parts = ((world.whole, WEIGHTS[0]), (world.projections, WEIGHTS[1]))
+    both, file = combined(*parts), merged_file(world.base, tmp_path / "both.safetensors", *parts)
+    who = (both, None, world.whole, file, world.projections)
+    rows = [Row(prompt, one) for prompt in PROMPTS for one in who]
+    assert world.runner.load(file) > 0
+    assert world.runner.load(both) > 0
+    try:
+        answers = dict(zip(rows, world.runner.answer(rows, 10), strict=True))
+    finally:
+        world.runner.unload(both)
+        world.runner.unload(file)
+    for one in (file, None, world.whole, world.projections):
+        model = merged(world.base, one)
+        for prompt in PROMPTS:
+            expected = oracle(model, prompt, 10)
+            assert_same(answers[Row(prompt, one)], expected)
+            if one == file:
+                assert_same(answers[Row(prompt, both)], expected)
+    for prompt in PROMPTS:
+        for other in (None, world.whole, world.projections):
+            assert answers[Row(prompt, both)].logprobs != pytest.approx(answers[Row(prompt, other)].logprobs, abs=1e-2)
+
+
+def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_were(world: World):  # noqa: F811
+    bases = [Row((*prompt, 3)) for prompt in PROMPTS]
+    rows = [Row((*prompt, 3), one) for prompt in PROMPTS for one in (world.whole, world.projections)]
+    before, plain = world.runner.answer(rows, 8), world.runner.answer(bases, 8)
+    both = combined((world.whole, -1.0), (world.projections, 2.0))
+    nbytes = world.runner.load(both)
+    beside = world.runner.answer([Row(row.prompt, row.delta, "with") for row in rows], 8)
+    beside_plain = world.runner.answer([Row(row.prompt, cache_salt="with") for row in bases], 8)
+    world.runner.unload(world.projections)
+    try:
+        assert nbytes < 0.1 * world.runner.load(world.projections)
+    finally:
+        world.runner.unload(both)
+    after = world.runner.answer([Row(row.prompt, row.delta, "after") for row in rows], 8)
+    for found in (beside, after):
+        for answer, expected in zip(found, before, strict=True):
+            assert_same(answer, expected)
+    assert [(a.tokens, a.logprobs) for a in plain] == [(a.tokens, a.logprobs) for a in beside_plain]
+
+
+def test_keys_and_values_are_of_the_combination_alone(world: World):  # noqa: F811
+    prompt = tuple(range(30_000, 30_300))
+    one = combined((world.whole, 0.5), (world.projections, 0.5))
+    other = combined((world.whole, 0.5), (world.projections, 0.25))
+    for both in (one, other):
+        world.runner.load(both)
+    try:
+        cold = world.runner.answer([Row(prompt, one)], 4)[0]
+        assert cold.cached == 0
+        for row in (Row(prompt, other), Row(prompt), Row(prompt, world.whole), Row(prompt, world.projections)):
+            assert world.runner.answer([row], 4)[0].cached == 0
+        warm = world.runner.answer([Row(prompt, one)], 4)[0]
+        assert warm.cached >= 128
+        assert_same(warm, cold)
+    finally:
+        for both in (one, other):
+            world.runner.unload(both)
+
+
+def test_a_part_that_is_not_resident_is_refused(world: World):  # noqa: F811
+    absent = EngineDelta(digest="f" * 64, path=world.whole.path)
+    with pytest.raises(EngineLoadError, match="not resident"):
+        world.runner.load(combined((absent, 1.0), (world.whole, 1.0)))
+
+
+def test_end_tokens_of_the_base_stand_beside_a_parts_own_where_another_part_keeps_them():
+    own, plain = EngineDelta("a" * 64, "", stop_ids=(7,)), EngineDelta("b" * 64, "")
+    for delta, ignores in ((own, True), (plain, False), (combined((own, 1), (plain, 1)), False)):
+        params = _sampling_params(Sampling(max_tokens=4), delta)
+        assert (params.ignore_eos, params.stop_token_ids) == (ignores, list(delta.stop_ids))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"kernel": "torch"}, id="torch-form"),
+        pytest.param({"threads": 2}, id="two-threads"),
+    ],
+)
+def test_four_parts_under(changes, tiny_base: Path, tiny_deltas: list[EngineDelta], tmp_path: Path):
+    """The fourth part is a merged file itself."""
+    fourth = merged_file(tiny_base, tmp_path / "fourth.safetensors", (tiny_deltas[0], 0.3), (tiny_deltas[1], 0.3))
+    parts = [*zip(tiny_deltas, (0.5, -0.4, 0.6), strict=True), (fourth, 0.7)]
+    file = merged_file(tiny_base, tmp_path / "file.safetensors", *parts)
+    all_four = combined(*parts)
+    rows = [Row(prompt, one) for prompt in PROMPTS[:2] for one in (all_four, None, tiny_deltas[0])]
+    with running(tiny_base, [*tiny_deltas, fourth, all_four], **changes) as runner:
+        answers = runner.answer(rows, 8)
+    models = {one: merged(tiny_base, file if one == all_four else one) for one in (all_four, None, tiny_deltas[0])}
+    for row, answer in zip(rows, answers, strict=True):
+        assert_same(answer, oracle(models[row.delta], row.prompt, 8))
+
+
+def test_the_runner_stays_usable(tiny_engine: Runner, tiny_deltas: list[EngineDelta]):
+    """Many weights of one pair, one after the other, leave nothing behind."""
+    rows = [Row(prompt, tiny_deltas[0]) for prompt in PROMPTS]
+    before = tiny_engine.answer(rows, 8)
+    for i in range(3):
+        both = combined((tiny_deltas[0], i / 4), (tiny_deltas[1], 1 - i / 4))
+        tiny_engine.load(both)
+        tiny_engine.answer([Row(PROMPTS[0], both)], 4)
+        tiny_engine.unload(both)
+    assert_same(tiny_engine.answer(rows, 8)[0], before[0])
