@@ -27,7 +27,8 @@ def done_ids(path: Path, asking: Asking) -> set[str]:
         return set()
     rows = read_labels(path).rows
     for row in rows:
-        if row.probes != asking.probes or row.model.name != asking.model or len(row.answers_without) != asking.k + 1:
+        counts = (len(row.answers_without), len(row.m))
+        if row.probes != asking.probes or row.model.name != asking.model or counts != asking.counts:
             raise LabelError(f"{path} holds rows of other settings ({row.id!r}); write to another file")
     return {row.id for row in rows}
 

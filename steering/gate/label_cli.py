@@ -40,6 +40,9 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests at once (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="of a request (default: %(default)g)")
     parser.add_argument("--k", type=_positive, default=8, help="sampled answers each way (default: %(default)s)")
+    parser.add_argument(
+        "--k-with", type=_count, help="sampled runs with tools, which only budgets need: 0 saves most of the time (default: k)"
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="of these (default: %(default)g)")
     parser.add_argument("--answer-tokens", type=_positive, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--max-rounds", type=_positive, default=6, help="of a run with tools (default: %(default)s)")
@@ -119,6 +122,7 @@ def _asking(args: argparse.Namespace) -> Asking:
     return Asking(
         model=args.model,
         k=args.k,
+        k_with=args.k_with,
         temperature=args.temperature,
         answer_tokens=args.answer_tokens,
         max_rounds=args.max_rounds,
@@ -138,6 +142,13 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
     return found
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def _positive(text: str) -> int:

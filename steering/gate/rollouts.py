@@ -50,10 +50,14 @@ class Pointers:
 
 @dataclass(frozen=True)
 class Asking:
-    """`k` sampled answers without tools and `k` with them, each next to a greedy one; `extra` goes into every request."""
+    """`k` sampled answers without tools and `k_with` (None: as many) with them, each next to a greedy one.
+
+    A policy needs the greedy run with tools only; sampled ones say how many calls an answer takes. `extra` goes into every request.
+    """
 
     model: str
     k: int = 8
+    k_with: int | None = None
     temperature: float = 0.7
     answer_tokens: int = 256
     max_rounds: int = 6
@@ -62,6 +66,11 @@ class Asking:
     probes: ProbeSettings = field(default_factory=ProbeSettings)
     pointers: Pointers = Pointers()
     extra: Mapping[str, Any] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Answers without tools and runs with them, the greedy ones too."""
+        return self.k + 1, (self.k if self.k_with is None else self.k_with) + 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ class Asker:
         else:
             sampled = await asyncio.gather(*(self._say(task, sample=index) for index in samples[1:]))
             texts = [one.text for one in (greedy, *sampled)]
-        rollouts = await asyncio.gather(*(self._rollout(task, task.tools, index) for index in samples))
+        with_samples = (None, *range(asking.counts[1] - 1))
+        rollouts = await asyncio.gather(*(self._rollout(task, task.tools, index) for index in with_samples))
         signals = await self._signals(task, greedy)
         without = [right(text, task.gold) for text in texts]
         with_tools = [right(one.answer, task.gold) for one in rollouts]
@@ -112,7 +122,7 @@ class Asker:
             correct_without=without[0],
             correct_with=with_tools[0],
             called=calls[0] > 0,
-            p_with=sum(with_tools[1:]) / asking.k,
+            p_with=sum(with_tools[1:]) / len(with_tools[1:]) if with_tools[1:] else None,
             n=min(needed, default=None),
             m=tuple(calls),
             answers_without=tuple(texts),

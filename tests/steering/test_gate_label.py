@@ -98,6 +98,14 @@ def test_without_tools_means_with_those_that_a_gate_leaves(chat: ChatServer, tmp
     assert left.features["draft"] == found["alone"].features["draft"]  # a draft is asked without any tool
 
 
+def test_fewer_runs_with_tools(chat: ChatServer, tmp_path: Path) -> None:
+    tasks = write(tmp_path / "tasks.jsonl", task("hard", 1234, 5678))
+    assert label(chat, tasks, tmp_path / "labels.jsonl", "--k-with", 0) == 0
+    hard = labelled(tmp_path / "labels.jsonl")["hard"]
+    assert (hard.p_known, hard.p_with, hard.m, hard.correct_with, hard.n) == (0, None, (1,), True, 1)
+    assert sum(bool(body.get("tools")) and body["max_tokens"] > 1 for body in chat.requests) == 2
+
+
 def test_what_is_asked(chat: ChatServer, tmp_path: Path) -> None:
     tasks = write(tmp_path / "tasks.jsonl", task("hard", 32, 34))
     extra = '{"tool_gate": {"mode": "off"}}'
