@@ -66,6 +66,25 @@ def fit_isotonic(p: Array, y: Array, w: Array) -> Isotonic:
     return Isotonic(x=tuple(end for end, _ in points), y=tuple(level for _, level in points))
 
 
+def centred(fitted: Isotonic, p: Array, w: Array) -> Isotonic:
+    """The step function made to rise everywhere, so that a threshold can fall inside a step (centred isotonic regression,
+    Oron and Flournoy 2017).
+
+    A step stands at the mean of its rows' p, its level shrunk by half a row of each class (else the last step of a good model is 1,
+    and all of its rows are one); straight lines join the steps, from (0, 0) to (1, 1). p [N], w [N]: the rows of the fit.
+    """
+    level = np.interp(p, fitted.x, fitted.y)
+    x, y = [0.0], [0.0]
+    for one in np.unique(level):
+        inside = level == one
+        mass = float(w[inside].sum())
+        at = float(np.average(p[inside], weights=w[inside]))
+        if x[-1] < at < 1:
+            x.append(at)
+            y.append(max(y[-1], (float(one) * mass + 0.5) / (mass + 1)))
+    return Isotonic(x=(*x, 1.0), y=(*y, 1.0))
+
+
 def _loss(theta: Array, x1: Array, y: Array, w: Array, ridge: Array) -> float:
     z = x1 @ theta
     return float((w * (np.logaddexp(0, z) - y * z)).sum() + (ridge * theta * theta).sum() / 2)

@@ -11,7 +11,7 @@ import numpy as np
 from steering.errors import FitError
 from steering.gate.cascade import raw_score, score_of
 from steering.gate.labels import LabelRow
-from steering.gate.models import fit_isotonic, fit_logistic
+from steering.gate.models import centred, fit_isotonic, fit_logistic
 from steering.gate.policy import Feature, Isotonic, Stage
 from steering.gate.replay import Columns
 from steering.gate.signals import FEATURES, Probe, StageName
@@ -93,7 +93,9 @@ def fit_stages(splits: Splits, plan: Plan, r: float, l2: float, band: tuple[floa
         stage = _uncalibrated(name, plan.features(name), splits.fit, r, l2, band)
         columns = Columns.of(arriving, r)
         raw = np.array([raw_score(stage, values_of(row)) for row in arriving])
-        stages.append(stage.model_copy(update={"isotonic": fit_isotonic(raw, columns.y, columns.w)}))
+        stages.append(
+            stage.model_copy(update={"isotonic": centred(fit_isotonic(raw, columns.y, columns.w), raw, columns.w)})
+        )
         arriving = staying(stages[-1], arriving)
     return stages
 

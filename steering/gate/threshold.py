@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from steering.gate.bounds import upper_bound
 
-GRID: tuple[float, ...] = tuple(step / 100 for step in range(100, -1, -1))
+# Finer where good models put most of their scores.
+GRID: tuple[float, ...] = (*(step / 1000 for step in range(1000, 900, -1)), *(step / 100 for step in range(90, -1, -1)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from steering.gate.cascade import raw_score, score_of
 from steering.gate.fit import FitSettings, Fitted, Identity, _thinned, fit
 from steering.gate.judge import harm_curve, judge
 from steering.gate.labels import Labels
-from steering.gate.models import fit_isotonic
+from steering.gate.models import centred, fit_isotonic
 from steering.gate.stages import Plan, Splits
 from steering.gate.threshold import GRID
 from tests.steering.gate_world import labels, policy, rows
@@ -91,7 +91,8 @@ def test_later_stages_are_calibrated_on_what_reaches_them(data: Labels, fitted: 
     assert 0 < len(staying) < len(splits.calibrate)
     raw = np.array([raw_score(second, {**row.features["static"], **row.features["draft"]}) for row in staying])
     known = np.array([row.p_known >= 0.75 for row in staying], dtype=float)
-    assert fit_isotonic(raw, known, np.ones(len(staying))) == second.isotonic
+    ones = np.ones(len(staying))
+    assert centred(fit_isotonic(raw, known, ones), raw, ones) == second.isotonic
 
 
 def test_too_few_or_too_harmful_rows_never_suppress(tmp_path: Path) -> None:
