@@ -56,7 +56,9 @@ class EngineSettings(Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     deltas_per_batch: int = Field(default=8, ge=1)
     max_resident_deltas: int = Field(default=16, ge=1)  # in execution form
-    max_resident_delta_bytes: int | None = Field(default=None, ge=1)  # in execution form; None: only their number counts
+    max_resident_delta_bytes: int | None = Field(
+        default=None, ge=1
+    )  # in execution form; None: only their number counts
     max_packed_delta_bytes: int = Field(default=1 << 30, ge=0)  # files of deltas kept in RAM as they are; 0: none
     max_resident_edits: int = Field(default=64, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)

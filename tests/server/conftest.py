@@ -122,6 +122,9 @@ class FakeEngine:
         finally:
             self.running.discard(request_id)
 
+    async def measure(self, delta: EngineDelta) -> int:
+        return 1000
+
     async def load(self, delta: EngineDelta) -> int:
         self.loads.append(delta.digest)
         while self.hold_loads:
