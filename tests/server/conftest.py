@@ -74,11 +74,9 @@ class FakeEngine:
         self.spoil: Callable[[EditReport], EditReport | None] = lambda report: report
         self._reports: dict[str, EditReport] = {}
 
-    async def start(self) -> None:
-        pass
+    async def start(self) -> None: ...
 
-    async def stop(self) -> None:
-        pass
+    async def stop(self) -> None: ...
 
     async def generate(
         self,
