@@ -45,7 +45,8 @@ def expected(tiny_base: Path, deltas: list[EngineDelta]) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def runner(tiny_base: Path) -> Iterator[Runner]:
-    runner = Runner(tiny_base, engine_settings(deltas_per_batch=ROOM))
+    """A small cache: the first requests touch all its pages, and what grows later is no cache."""
+    runner = Runner(tiny_base, engine_settings(deltas_per_batch=ROOM, kv_cache_bytes=8 * MIB))
     yield runner
     runner.stop()
 
