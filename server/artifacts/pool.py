@@ -220,7 +220,8 @@ class Pool(ABC, Generic[Item]):
         self._notify()
 
     def _fits(self, nbytes: int) -> bool:
-        held = [entry.reserved for entry in (*self._residents.values(), *self._leaving.values())]
+        held = [resident.reserved for resident in self._residents.values()]
+        held += [leaving.reserved for leaving in self._leaving.values()]
         return len(held) < self.max_resident and (self.max_bytes is None or sum(held) + nbytes <= self.max_bytes)
 
     def _make_room(self, nbytes: int) -> None:
