@@ -41,7 +41,9 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--timeout-s", type=float, default=300, help="of a request (default: %(default)g)")
     parser.add_argument("--k", type=_positive, default=8, help="sampled answers each way (default: %(default)s)")
     parser.add_argument(
-        "--k-with", type=_count, help="sampled runs with tools, which only budgets need: 0 saves most of the time (default: k)"
+        "--k-with",
+        type=_count,
+        help="sampled runs with tools, which only budgets need: 0 saves most of the time (default: k)",
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="of these (default: %(default)g)")
     parser.add_argument("--answer-tokens", type=_positive, default=256, help="of an answer (default: %(default)s)")
