@@ -68,7 +68,7 @@ def sparse_factor(artifact: Artifact, name: str, shard: Shard, masks: MaskSource
         out_features=shard.out_range[1] - shard.out_range[0],
         in_features=shard.in_range[1] - shard.in_range[0],
         out_offset=shard.out_offset,
-        coef=np.ascontiguousarray(factors.coef, dtype=np.float32),
+        coef=np.array(factors.coef, dtype=np.float32),  # a copy: a view would hold the whole file in memory
         v_start=v.start,
         u_start=u.start,
         v_entries=encode(v),

@@ -47,6 +47,8 @@ ROUTES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     (ADMIN, "PUT", "/v1/admin/policies/{name}/alias", artifacts.move_alias),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/load", artifacts.load),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/unload", artifacts.unload),
+    (ADMIN, "POST", "/v1/admin/deltas/{name}/pin", artifacts.pin),
+    (ADMIN, "POST", "/v1/admin/deltas/{name}/unpin", artifacts.unpin),
     (ADMIN, "GET", "/v1/admin/status", artifacts.status),
 )
 

@@ -47,6 +47,7 @@ class ServerSettings(Section):
 
 class StoreSettings(Section):
     path: Path = Path("~/.local/share/deltaworks/store")
+    max_bytes: int | None = Field(default=None, ge=1024)  # of all artifacts on the disk; None: what the disk has
 
 
 class EngineSettings(Section):
@@ -54,7 +55,11 @@ class EngineSettings(Section):
     max_model_len: int | None = Field(default=None, ge=16)
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     deltas_per_batch: int = Field(default=8, ge=1)
-    max_resident_deltas: int = Field(default=16, ge=1)
+    max_resident_deltas: int = Field(default=16, ge=1)  # in execution form
+    max_resident_delta_bytes: int | None = Field(
+        default=None, ge=1
+    )  # in execution form; None: only their number counts
+    max_packed_delta_bytes: int = Field(default=1 << 30, ge=0)  # files of deltas kept in RAM as they are; 0: none
     max_resident_combinations: int = Field(default=16, ge=1)  # weighted sums of resident deltas, ready to serve
     max_resident_edits: int = Field(default=64, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
@@ -79,6 +84,7 @@ class AdmissionSettings(Section):
     max_concurrent: int = Field(default=256, ge=1)  # rows in flight: prompts times n
     max_queued_tokens: int = Field(default=262_144, ge=1)  # prompt tokens still waiting for their first output token
     delta_wait_s: float = Field(default=30.0, ge=0)  # how long a request waits for room for its delta
+    failed_load_s: float = Field(default=5.0, ge=0, le=600)  # how long a delta whose load failed is not tried again
     edit_wait_s: float = Field(default=5.0, ge=0)  # how long a request waits for room for its edit
     drain_timeout_s: float = Field(default=60.0, ge=0)  # how long `DELETE ?drain=true` waits for running requests
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from compressors import errors as delta_errors
 from server import admission, auth, core, gateway, prompt, proof, wire
 from server import steering as plans
-from server.artifacts import lifecycle, pool, registry, store
+from server.artifacts import delta_pool, lifecycle, pool, registry, store
 from server.engine import base as engine
 from server.routes import body, upload
 from server.telemetry import Exchange
@@ -69,6 +69,8 @@ TABLE: dict[type[Exception], Mapping] = {
     registry.NameNotFound: Mapping(404, "not_found_error", "{kind}_not_found"),
     registry.GenerationMismatch: Mapping(409, CONFLICT, "{kind}_generation_mismatch"),
     pool.ArtifactInUse: Mapping(409, CONFLICT, "{kind}_in_use"),
+    lifecycle.ArtifactPinned: Mapping(409, CONFLICT, "{kind}_pinned"),
+    delta_pool.PinLimit: Mapping(409, CONFLICT, "{kind}_pin_limit"),
     plans.BaseMismatch: Mapping(409, CONFLICT, "{kind}_base_mismatch"),
     proof.EditNotApplied: Mapping(409, CONFLICT, "edit_not_applied"),
     store.BodyTooLarge: Mapping(413, REQUEST, "body_too_large"),
@@ -79,6 +81,7 @@ TABLE: dict[type[Exception], Mapping] = {
     gateway.Draining: Mapping(503, UNAVAILABLE, "draining"),
     pool.NoCapacity: Mapping(503, UNAVAILABLE, "{kind}_capacity"),
     plans.DefaultUnavailable: Mapping(503, UNAVAILABLE, "default_steering_unavailable"),
+    delta_pool.DeltaTooLarge: Mapping(507, STORAGE, "delta_too_large"),
     store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),

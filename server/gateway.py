@@ -10,7 +10,8 @@ from enum import StrEnum
 from functools import partial
 
 from server.admission import Admission, Permit
-from server.artifacts.pool import DeltaPool, EditLoadFailed, EditPool, NoCapacity, PlannedEdit
+from server.artifacts.delta_pool import DeltaPool
+from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
 from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent, ToolUse
 from server.decisions import Decisions, ToolCalls
@@ -96,6 +97,7 @@ class Gateway:
     async def start(self) -> None:
         """Raises EngineError."""
         await self._engine.start()
+        self._pool.keep(self._registry.pinned())
         if self._state is State.LOADING:
             self._state = State.READY
 

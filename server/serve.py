@@ -49,7 +49,7 @@ class PortError(Exception):
 
 def serve(model: str, settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
-    store = Store(settings.store.path)
+    store = Store(settings.store.path, settings.store.max_bytes)
     try:
         with _listening(settings.server) as listener, contextlib.closing(store):
             store.open()

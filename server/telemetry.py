@@ -47,21 +47,86 @@ class Exchange:
 
 
 class ResidencyMetrics:
-    """What a pool counts; `kind` is what it holds. Bytes are only known of deltas."""
+    """What a pool counts; `kind` is what it holds."""
 
-    def __init__(self, kind: str, registry: CollectorRegistry) -> None:
-        self.resident = Gauge(f"deltaworks_resident_{kind}s", f"{kind}s in the engine's memory.", registry=registry)
-        self.resident_bytes: Gauge | None = None
-        self.loads = Counter(f"deltaworks_{kind}_loads", f"{kind}s made resident.", ["outcome"], registry=registry)
-        self.load_seconds = Histogram(
+    def __init__(self, kind: str, registry: CollectorRegistry, sources: tuple[str, ...] = ()) -> None:
+        """`sources`: where loads of the kind may read from, where that is told."""
+        labels = ["source"] if sources else []
+        self._resident = Gauge(f"deltaworks_resident_{kind}s", f"{kind}s in the engine's memory.", registry=registry)
+        self._loads = Counter(
+            f"deltaworks_{kind}_loads", f"{kind}s made resident.", [*labels, "outcome"], registry=registry
+        )
+        self._load_seconds = Histogram(
             f"deltaworks_{kind}_load_duration_seconds",
-            f"Time to make a {kind} resident.",
+            f"Time to make a {kind} resident, without the wait for room.",
+            labels,
             buckets=LOAD_EDGES,
             registry=registry,
         )
-        self.evictions = Counter(f"deltaworks_{kind}_evictions", f"{kind}s dropped to make room.", registry=registry)
-        for outcome in ("ok", "error"):
-            self.loads.labels(outcome)
+        self._evictions = Counter(
+            f"deltaworks_{kind}_evictions",
+            f"{kind}s dropped to make room.",
+            ["level"] if sources else [],
+            registry=registry,
+        )
+        self._told = bool(sources)
+        for source in sources or ("",):
+            for outcome in ("ok", "error"):
+                self._of(self._loads, source, outcome)
+            self._of(self._load_seconds, source)
+
+    def count_load(self, source: str, outcome: str) -> None:
+        self._of(self._loads, source, outcome).inc()
+
+    def time_load(self, source: str, seconds: float) -> None:
+        self._of(self._load_seconds, source).observe(seconds)
+
+    def count_eviction(self, level: str = "engine") -> None:
+        self._of(self._evictions, level).inc()
+
+    def show_resident(self, count: int, nbytes: int) -> None:
+        self._resident.set(count)
+
+    def _of(self, metric: Any, told: str, *labels: str) -> Any:
+        """The series of a metric; `told` is its first label where sources are told."""
+        labels = (told, *labels) if self._told else labels
+        return metric.labels(*labels) if labels else metric
+
+
+class DeltaMetrics(ResidencyMetrics):
+    """Deltas on two levels above the disk: in execution form ("engine"), and packed in RAM ("ram")."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__("delta", registry, sources=("disk", "ram"))
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"deltaworks_{name}", text, registry=registry)
+
+        self._resident_bytes = gauge("resident_delta_bytes", "Engine memory that resident deltas take.")
+        self._packed = gauge("packed_deltas", "Deltas whose files are kept in RAM.")
+        self._packed_bytes = gauge("packed_delta_bytes", "RAM that the files of deltas take.")
+        self.pinned = gauge("pinned_deltas", "Deltas that stay resident also without requests.")
+        self.read_seconds = Histogram(
+            "deltaworks_delta_read_duration_seconds",
+            "Time to read a delta's file into RAM.",
+            buckets=LOAD_EDGES,
+            registry=registry,
+        )
+        self.refused = Counter(
+            "deltaworks_delta_loads_refused",
+            "Requests for deltas whose load had failed a moment ago.",
+            registry=registry,
+        )
+        for level in ("engine", "ram"):
+            self._of(self._evictions, level)
+
+    def show_resident(self, count: int, nbytes: int) -> None:
+        super().show_resident(count, nbytes)
+        self._resident_bytes.set(nbytes)
+
+    def show_packed(self, count: int, nbytes: int) -> None:
+        self._packed.set(count)
+        self._packed_bytes.set(nbytes)
 
 
 class SteeringMetrics:
@@ -132,12 +197,10 @@ class Telemetry:
         self.queued_tokens = Gauge(
             "deltaworks_queued_tokens", "Prompt tokens waiting for their first output token.", registry=registry
         )
-        self.deltas = ResidencyMetrics("delta", registry)
-        self.deltas.resident_bytes = Gauge(
-            "deltaworks_resident_delta_bytes", "Engine memory that resident deltas take.", registry=registry
-        )
+        self.deltas = DeltaMetrics(registry)
         self.combinations = ResidencyMetrics("combination", registry)
         self.edits = ResidencyMetrics("edit", registry)
+        self.stored_bytes = Gauge("deltaworks_stored_bytes", "Artifacts of all kinds on the disk.", registry=registry)
         self.steering = SteeringMetrics(registry)
         self.tool_calls = Counter(
             "deltaworks_tool_calls",
@@ -189,6 +252,9 @@ class Telemetry:
             self.tool_calls.labels("suppressed").inc(decisions.tool_calls.suppressed)
         if decisions.gated is not None:
             self.gate.record(decisions.gated)
+
+    def watch_store(self, nbytes: Callable[[], int]) -> None:
+        self.stored_bytes.set_function(nbytes)
 
     def watch_admission(self, rows: Callable[[], int], queued_tokens: Callable[[], int]) -> None:
         self.in_flight.set_function(rows)

@@ -6,8 +6,10 @@ from prometheus_client import CollectorRegistry
 
 from server.admission import Admission
 from server.artifacts.checks import Checks
+from server.artifacts.combination_pool import CombinationPool
+from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
-from server.artifacts.pool import CombinationPool, DeltaPool, EditPool
+from server.artifacts.pool import EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
@@ -43,17 +45,26 @@ def wire(
     telemetry = Telemetry(CollectorRegistry())
     admission = Admission(limits.max_concurrent, limits.max_queued_tokens)
     telemetry.watch_admission(lambda: admission.rows, lambda: admission.queued_tokens)
+    telemetry.watch_store(lambda: store.nbytes)
     shelf = Shelf(store)
     deltas = DeltaRegistry(shelf, base.id)
     profiles = Registry(shelf, PROFILE, Ref[ProfileVersion])
     saes = Registry(shelf, SAE, Ref[SAEVersion])
     policies = Registry(shelf, POLICY, Ref[PolicyVersion])
     shelf.recover()
-    combinations = CombinationPool(
-        engine, settings.engine.max_resident_combinations, limits.delta_wait_s, telemetry.combinations
+    room = settings.engine
+    combinations = CombinationPool(engine, room.max_resident_combinations, limits.delta_wait_s, telemetry.combinations)
+    pool = DeltaPool(
+        engine,
+        room.max_resident_deltas,
+        limits.delta_wait_s,
+        telemetry.deltas,
+        combinations,
+        room.max_resident_delta_bytes,
+        room.max_packed_delta_bytes,
+        limits.failed_load_s,
     )
-    pool = DeltaPool(engine, settings.engine.max_resident_deltas, limits.delta_wait_s, telemetry.deltas, combinations)
-    edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
+    edits = EditPool(engine, room.max_resident_edits, limits.edit_wait_s, telemetry.edits)
     tools = settings.tools
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
     prompts = PromptRenderer(tokenizer, template, tools.parser)

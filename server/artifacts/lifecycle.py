@@ -5,11 +5,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Generic
 
-from server.artifacts.pool import DeltaPool, Users
-from server.artifacts.registry import DeltaRegistry, NameNotFound, Registry
+from server.artifacts.delta_pool import DeltaPool
+from server.artifacts.pool import Users
+from server.artifacts.registry import DeltaRegistry, KindError, NameNotFound, Registry
 from server.artifacts.store import Incoming, Store
 from server.artifacts.versions import DeltaVersion, Ref, V
 from server.core import GatewayError
+from server.engine.base import EngineDelta
 from server.telemetry import Telemetry
 from server.wire import UploadFields
 
@@ -19,6 +21,10 @@ Check = Callable[[Incoming], V]
 
 class DigestMismatch(GatewayError):
     """The bytes that arrived are not the ones that were announced."""
+
+
+class ArtifactPinned(KindError):
+    """A pinned artifact cannot leave the memory."""
 
 
 class Lifecycle(Generic[V]):
@@ -98,7 +104,7 @@ class Lifecycle(Generic[V]):
 
 
 class DeltaLifecycle(Lifecycle[DeltaVersion]):
-    """Deltas can also be loaded and unloaded by hand, and have series of their own in the metrics."""
+    """Deltas can also be loaded, unloaded and pinned by hand, and have series of their own in the metrics."""
 
     def __init__(
         self,
@@ -113,20 +119,61 @@ class DeltaLifecycle(Lifecycle[DeltaVersion]):
         self._deltas = registry
         self._pool = pool
 
+    async def upload(self, fields: UploadFields, incoming: Incoming) -> tuple[Ref[DeltaVersion], bool]:
+        ref, created = await super().upload(fields, incoming)
+        self._pool.forgive(incoming.digest)
+        self._keep_pinned(ref)
+        return ref, created
+
+    async def move(self, name: str, digest: str, expected_generation: int) -> Ref[DeltaVersion]:
+        ref = await super().move(name, digest, expected_generation)
+        self._keep_pinned(ref)
+        return ref
+
     async def load(self, name: str) -> Ref[DeltaVersion]:
-        """Make the active version resident. Raises NameNotFound, NoCapacity, EngineLoadError."""
+        """Make the active version resident. Raises NameNotFound, NoCapacity, DeltaTooLarge, EngineLoadError."""
         ref = self.get(name)
-        if ref.digest is None:
-            raise NameNotFound(self.kind, "the delta has no active version; move its alias first", param="name")
-        await self._pool.load(self._deltas.engine_delta(ref.digest))
+        await self._pool.load(self._active(ref))
         return ref
 
     async def unload(self, name: str) -> Ref[DeltaVersion]:
-        """Take every version out of memory. Raises NameNotFound, ArtifactInUse."""
+        """Take every version out of memory, packed or not. Raises NameNotFound, ArtifactPinned, ArtifactInUse."""
         ref = self.get(name)
+        if any(self._pool.pinned(version.digest) for version in ref.versions):
+            raise ArtifactPinned(self.kind, "the delta is pinned; unpin it first", param="name")
         await self._pool.drop([version.digest for version in ref.versions], wait_s=0)
+        return ref
+
+    async def pin(self, name: str) -> Ref[DeltaVersion]:
+        """Load what the name points to, now and later, and keep it. Raises PinLimit, and as `load`."""
+        delta = self._active(self.get(name))
+        await self._pool.check_pin(delta)
+        await self._pool.load(delta)
+        ref = await self._deltas.set_pinned(name, True)
+        self._pool.keep(self._deltas.pinned())
+        return ref
+
+    async def unpin(self, name: str) -> Ref[DeltaVersion]:
+        """It may be evicted again. Raises NameNotFound."""
+        ref = await self._deltas.set_pinned(name, False)
+        self._pool.keep(self._deltas.pinned())
         return ref
 
     async def delete(self, name: str, drain: bool) -> None:
         await super().delete(name, drain)
+        self._pool.keep(self._deltas.pinned())
         self._telemetry.forget_delta(name)
+
+    def card(self, ref: Ref[DeltaVersion]) -> dict[str, Any]:
+        return {**super().card(ref), "pinned": ref.pinned}
+
+    def _active(self, ref: Ref[DeltaVersion]) -> EngineDelta:
+        """Raises NameNotFound."""
+        if ref.digest is None:
+            raise NameNotFound(self.kind, "the delta has no active version; move its alias first", param="name")
+        return self._deltas.engine_delta(ref.digest)
+
+    def _keep_pinned(self, ref: Ref[DeltaVersion]) -> None:
+        """A pinned name may point elsewhere now."""
+        if ref.pinned:
+            self._pool.keep(self._deltas.pinned())

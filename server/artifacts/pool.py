@@ -1,22 +1,23 @@
 """Residency: what is in the engine's memory, and who is using it. Volatile; names are the registry's.
 
-One pool holds the deltas, one the edits; they are the only callers of the engine's loads and unloads. Loads are
-single-flight per key; room is made by dropping the least recently leased item that nobody leases; where all are
-leased, a request waits, then gives up.
+One pool holds the deltas (delta_pool.py), one the edits; they are the only callers of the engine's loads and unloads. Loads
+are single-flight per key. Room is a number of items and, where there is a budget, their bytes; it is made by dropping the
+least recently leased items that nobody leases and nobody pinned. Where that gives too little, requests wait in the order in
+which they came, then give up: one that waits is not overtaken, so that a large item gets its room too.
 """
 
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from server.artifacts.registry import DELTA, KindError
-from server.core import GatewayError, InvalidRequest
-from server.engine.base import Engine, EngineDelta, EngineEdit, EngineLoadError
+from server.artifacts.registry import KindError
+from server.core import GatewayError
+from server.engine.base import Engine, EngineEdit, EngineLoadError
 from server.telemetry import ResidencyMetrics
 
 Item = TypeVar("Item")
@@ -48,25 +49,43 @@ class Users(Protocol):
 
 @dataclass(eq=False)
 class Resident(Generic[Item]):
-    """An item that is resident (`nbytes` known) or on its way (`loading` not done)."""
+    """An item that is resident (`nbytes` known) or on its way (`loading` not done). `reserved`: what the budget counts."""
 
     item: Item
     loading: asyncio.Task[int]
+    reserved: int
     nbytes: int | None = None
 
 
+@dataclass(eq=False)
+class Leaving:
+    """An item that the engine is dropping; it counts until it is gone."""
+
+    reserved: int
+    task: asyncio.Task[None]
+
+
 class Pool(ABC, Generic[Item]):
-    """`kind` begins the codes of the pool's errors."""
+    """`kind` begins the codes of the pool's errors. `max_bytes` None: only the number of items is limited."""
 
     kind: str
 
-    def __init__(self, engine: Engine, max_resident: int, wait_s: float, metrics: ResidencyMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_resident: int,
+        wait_s: float,
+        metrics: ResidencyMetrics,
+        max_bytes: int | None = None,
+    ) -> None:
         self.max_resident = max_resident
+        self.max_bytes = max_bytes
         self._engine = engine
         self._wait_s = wait_s
         self._metrics = metrics
         self._residents: dict[str, Resident[Item]] = {}  # least recently leased first
-        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._leaving: dict[str, Leaving] = {}
+        self._waiting: deque[object] = deque()  # a ticket per request without room; the first one takes the next room
         self._leases: Counter[str] = Counter()  # includes requests that still wait for their item
         self._changed = asyncio.Event()
 
@@ -80,6 +99,21 @@ class Pool(ABC, Generic[Item]):
 
     @abstractmethod
     async def engine_unload(self, item: Item) -> None: ...
+
+    async def measure(self, item: Item) -> int:
+        """Bytes to set aside for an item; asked before there is room for it."""
+        return 0
+
+    def refuse(self, item: Item) -> None:
+        """Raises where a load is not worth a try."""
+
+    def pinned(self, key: str) -> bool:
+        """Whether an item stays also when nobody leases it."""
+        return False
+
+    def source(self, item: Item) -> str:
+        """Where the bytes of a load that has just ended came from, as the metrics call it; "" where they do not say."""
+        return ""
 
     @contextmanager
     def hold(self, item: Item) -> Iterator[None]:
@@ -116,35 +150,45 @@ class Pool(ABC, Generic[Item]):
         """Take items out of memory, after waiting for their leases to end. Raises ArtifactInUse, nothing dropped then."""
         await self._until_free(lambda: any(self.leases(key) for key in keys), wait_s, self.kind)
         leaving = [self._leave(self._residents[key]) for key in keys if key in self._residents]
-        leaving += [self._leaving[key] for key in keys if key in self._leaving]
+        leaving += [self._leaving[key].task for key in keys if key in self._leaving]
         await asyncio.gather(*leaving)
 
     async def close(self) -> None:
         """Cancel what is under way; the engine is about to stop."""
         loading = [resident.loading for resident in self._residents.values() if not resident.loading.done()]
-        tasks = [*loading, *self._leaving.values()]
+        tasks = [*loading, *(leaving.task for leaving in self._leaving.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def make_resident(self, item: Item) -> None:
-        """Call it while holding the item. Raises NoCapacity, and what loading raises."""
+        """Call it while holding the item. Raises NoCapacity, and what measuring and loading raise."""
         key = self.key(item)
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            resident = self._residents.get(key)
-            if resident is not None:
-                self._residents[key] = self._residents.pop(key)
-                await asyncio.shield(resident.loading)
-                return
-            if key not in self._leaving:
-                if len(self._residents) + len(self._leaving) < self.max_resident:
-                    self._residents[key] = self._start(item)
-                    continue
-                self._evict()
-            if not await self._change_before(deadline):
-                message = f"no room for the {self.kind}: all resident ones are in use"
-                raise NoCapacity(self.kind, message, retry_after_s=2)
+        if key not in self._residents:
+            self.refuse(item)
+            await self._place(item, await self.measure(item))
+        self._residents[key] = self._residents.pop(key)
+        await asyncio.shield(self._residents[key].loading)
+
+    async def _place(self, item: Item, nbytes: int) -> None:
+        """Start the load as soon as there is room, unless somebody else does. Raises NoCapacity, and as `refuse`."""
+        key, deadline = self.key(item), time.monotonic() + self._wait_s
+        ticket = object()
+        self._waiting.append(ticket)
+        try:
+            while key not in self._residents:
+                self.refuse(item)
+                if self._waiting[0] is ticket and key not in self._leaving:
+                    if self._fits(nbytes):
+                        self._residents[key] = self._start(item, nbytes)
+                        break
+                    self._make_room(nbytes)
+                if not await self._change_before(deadline):
+                    message = f"no room for the {self.kind}: all resident ones are in use"
+                    raise NoCapacity(self.kind, message, retry_after_s=2)
+        finally:
+            self._waiting.remove(ticket)
+            self._notify()
 
     async def _until_free(self, used: Callable[[], bool], wait_s: float, kind: str) -> None:
         deadline = time.monotonic() + wait_s
@@ -153,43 +197,53 @@ class Pool(ABC, Generic[Item]):
                 message = f"running requests use the {kind}; try later, or with ?drain=true"
                 raise ArtifactInUse(kind, message, param="name")
 
-    def _start(self, item: Item) -> Resident[Item]:
-        resident = Resident(item, asyncio.create_task(self._load(item)))
+    def _start(self, item: Item, nbytes: int) -> Resident[Item]:
+        resident = Resident(item, asyncio.create_task(self._load(item)), nbytes)
         resident.loading.add_done_callback(lambda task: self._loaded(resident, task))
         return resident
 
     async def _load(self, item: Item) -> int:
         started = time.perf_counter()
         nbytes = await self.engine_load(item)
-        self._metrics.load_seconds.observe(time.perf_counter() - started)
+        self._metrics.time_load(self.source(item), time.perf_counter() - started)
         return nbytes
 
     def _loaded(self, resident: Resident[Item], task: asyncio.Task[int]) -> None:
         if task.cancelled() or task.exception() is not None:
-            self._metrics.loads.labels("error").inc()
+            self._metrics.count_load(self.source(resident.item), "error")
             key = self.key(resident.item)
             if self._residents.get(key) is resident:
                 del self._residents[key]
         else:
-            self._metrics.loads.labels("ok").inc()
-            resident.nbytes = task.result()
+            self._metrics.count_load(self.source(resident.item), "ok")
+            resident.nbytes = resident.reserved = task.result()
         self._notify()
 
-    def _evict(self) -> None:
-        """Start dropping the least recently leased idle item, unless enough are leaving already."""
-        if self._leaving:
-            return
+    def _fits(self, nbytes: int) -> bool:
+        held = [resident.reserved for resident in self._residents.values()]
+        held += [leaving.reserved for leaving in self._leaving.values()]
+        return len(held) < self.max_resident and (self.max_bytes is None or sum(held) + nbytes <= self.max_bytes)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Start dropping idle items, least recently leased first, where that and what leaves already is enough."""
+        count, used = len(self._residents), sum(resident.reserved for resident in self._residents.values())
+        victims = []
         for key, resident in self._residents.items():
-            if resident.nbytes is not None and not self.leases(key):
-                self._metrics.evictions.inc()
+            if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):
+                break
+            if resident.nbytes is not None and not self.leases(key) and not self.pinned(key):
+                victims.append(resident)
+                count, used = count - 1, used - resident.reserved
+        if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):
+            for resident in victims:
+                self._metrics.count_eviction()
                 self._leave(resident)
-                return
 
     def _leave(self, resident: Resident[Item]) -> asyncio.Task[None]:
         key = self.key(resident.item)
         del self._residents[key]
         task = asyncio.create_task(self._unload(resident))
-        self._leaving[key] = task
+        self._leaving[key] = Leaving(resident.reserved, task)
         task.add_done_callback(lambda done: self._left(key, done))
         return task
 
@@ -208,9 +262,7 @@ class Pool(ABC, Generic[Item]):
         self._changed.set()
         self._changed = asyncio.Event()
         done = [resident.nbytes for resident in self._residents.values() if resident.nbytes is not None]
-        self._metrics.resident.set(len(done))
-        if self._metrics.resident_bytes is not None:
-            self._metrics.resident_bytes.set(sum(done))
+        self._metrics.show_resident(len(done), sum(done))
 
     async def _change_before(self, deadline: float) -> bool:
         remaining = deadline - time.monotonic()
@@ -221,99 +273,6 @@ class Pool(ABC, Generic[Item]):
         except TimeoutError:
             return False
         return True
-
-
-class CombinationPool(Pool[EngineDelta]):
-    """Keys are the digests of combinations, which a `DeltaPool` holds together with their parts; none outlives a part."""
-
-    kind = "combination"
-
-    def key(self, item: EngineDelta) -> str:
-        return item.digest
-
-    async def engine_load(self, item: EngineDelta) -> int:
-        return await self._engine.load(item)
-
-    async def engine_unload(self, item: EngineDelta) -> None:
-        await self._engine.unload(item)
-
-    def forget(self, part: str) -> None:
-        """A part leaves, so nobody leases what is made of it: that leaves too."""
-        for resident in self.residents():
-            if any(part == one.delta.digest for one in resident.item.parts):
-                self._leave(resident)
-
-
-class DeltaPool(Pool[EngineDelta]):
-    """Keys are the deltas' digests. A lease of a combination is one of each of its parts too."""
-
-    kind = DELTA
-
-    def __init__(
-        self,
-        engine: Engine,
-        max_resident: int,
-        wait_s: float,
-        metrics: ResidencyMetrics,
-        combinations: CombinationPool,
-    ) -> None:
-        super().__init__(engine, max_resident, wait_s, metrics)
-        self.combinations = combinations
-
-    @contextmanager
-    def hold(self, item: EngineDelta) -> Iterator[None]:
-        if not item.parts:
-            with super().hold(item):
-                yield
-            return
-        with ExitStack() as held:
-            for part in item.parts:
-                held.enter_context(super().hold(part.delta))
-            held.enter_context(self.combinations.hold(item))
-            yield
-
-    async def make_resident(self, item: EngineDelta) -> None:
-        """Raises InvalidRequest too, for more parts than there is ever room for."""
-        if not item.parts:
-            await super().make_resident(item)
-            return
-        if len(item.parts) > self.max_resident:
-            message = f"this server keeps at most {self.max_resident} deltas in memory, so it cannot combine more"
-            raise InvalidRequest(message, param="delta")
-        for part in item.parts:
-            await super().make_resident(part.delta)
-        await self.combinations.make_resident(item)
-
-    async def close(self) -> None:
-        await self.combinations.close()
-        await super().close()
-
-    def _leave(self, resident: Resident[EngineDelta]) -> asyncio.Task[None]:
-        self.combinations.forget(self.key(resident.item))
-        return super()._leave(resident)
-
-    def key(self, item: EngineDelta) -> str:
-        return item.digest
-
-    async def engine_load(self, item: EngineDelta) -> int:
-        return await self._engine.load(item)
-
-    async def engine_unload(self, item: EngineDelta) -> None:
-        await self._engine.unload(item)
-
-    async def release(self, kind: str, digests: Sequence[str], wait_s: float) -> None:
-        await self.drop(digests, wait_s)
-
-    def state(self, digest: str) -> tuple[str, int | None]:
-        """ "stored", "loading" or "resident", and the resident bytes."""
-        resident = self._residents.get(digest)
-        if resident is None:
-            return "stored", None
-        return ("loading", None) if resident.nbytes is None else ("resident", resident.nbytes)
-
-    def usage(self, digest: str) -> dict[str, Any]:
-        state, resident_bytes = self.state(digest)
-        return {"state": state, "resident_bytes": resident_bytes, "in_flight": self.leases(digest)}
 
 
 @dataclass(frozen=True)
@@ -360,7 +319,7 @@ class EditPool(Pool[PlannedEdit]):
         await self._until_free(lambda: any(self._in_use[digest] for digest in digests), wait_s, kind)
         await self.drop(self._made_of(digests), 0)
         if self._leaving:  # evicted a moment ago: its load may still read the file
-            await asyncio.wait(self._leaving.values())
+            await asyncio.wait({leaving.task for leaving in self._leaving.values()})
 
     def usage(self, digest: str) -> dict[str, Any]:
         return {"resident_edits": len(self._made_of([digest])), "in_flight": self._in_use[digest]}

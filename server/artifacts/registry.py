@@ -290,5 +290,20 @@ class DeltaRegistry(Registry[DeltaVersion]):
             delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
         return delta
 
+    async def set_pinned(self, name: str, pinned: bool) -> Ref[DeltaVersion]:
+        """Raises NameNotFound, ArtifactBusy."""
+        async with self._shelf.writing:
+            self._check_idle(name)
+            ref = self.get(name)
+            if ref.pinned != pinned:
+                ref = ref.model_copy(update={"pinned": pinned})
+                await self._write(ref)
+        return ref
+
+    def pinned(self) -> list[EngineDelta]:
+        """What the pinned names point to."""
+        digests = {ref.digest for ref in self._refs.values() if ref.pinned and ref.digest is not None}
+        return [self.engine_delta(digest) for digest in sorted(digests)]
+
     def engine_delta(self, digest: str) -> EngineDelta:
         return EngineDelta(digest, self.path(digest))

@@ -74,10 +74,15 @@ class Incoming:
 
 
 class Store:
-    """A local folder, read through fsspec; `open()` takes the lock and clears what an earlier crash left."""
+    """A local folder, read through fsspec; `open()` takes the lock and clears what an earlier crash left.
 
-    def __init__(self, root: Path) -> None:
+    `nbytes`: what its objects take, at most `max_bytes` where that is given.
+    """
+
+    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
         self.root = root.expanduser().absolute()
+        self.nbytes = 0
+        self._max_bytes = max_bytes
         self._files = LocalFileSystem()
         self._lock: IO[str] | None = None
 
@@ -104,6 +109,7 @@ class Store:
         self._lock.flush()
         for leftover in (self.root / "incoming").iterdir():
             leftover.unlink()
+        self.nbytes = sum(self.object_path(digest).stat().st_size for digest in self.objects())
 
     def close(self) -> None:
         if self._lock is not None:
@@ -124,9 +130,14 @@ class Store:
 
     def publish(self, incoming: Incoming) -> None:
         """Make the bytes visible under their digest. Blocking. Raises InsufficientStorage."""
+        if self._max_bytes is not None and self.nbytes + incoming.nbytes > self._max_bytes:
+            raise InsufficientStorage(
+                f"the store holds {self.nbytes} bytes and the file has {incoming.nbytes}; store.max_bytes is {self._max_bytes}"
+            )
         incoming.sync()
         with no_space_named():
             incoming.path.replace(self.object_path(incoming.digest))
+            self.nbytes += incoming.nbytes
             _sync_folder(self.root / "objects")
 
     def object_path(self, digest: str) -> Path:
@@ -136,8 +147,11 @@ class Store:
         return bool(self._files.isfile(str(self.object_path(digest))))
 
     def delete_object(self, digest: str) -> None:
+        path = self.object_path(digest)
         with contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(str(self.object_path(digest)))
+            nbytes = path.stat().st_size
+            self._files.rm_file(str(path))
+            self.nbytes -= nbytes
 
     def objects(self) -> list[str]:
         names = [Path(path).name for path in self._files.ls(str(self.root / "objects"), detail=False)]

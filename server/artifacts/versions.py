@@ -2,7 +2,7 @@
 
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Facts(BaseModel):
@@ -83,14 +83,22 @@ class PolicyVersion(Version):
 V = TypeVar("V", bound=Version)
 
 
+def _is_false(value: object) -> bool:
+    return value is False
+
+
 class Ref(Facts, Generic[V]):
-    """A name: `digest` is what it points to (None = nothing yet), `generation` counts the moves."""
+    """A name: `digest` is what it points to (None = nothing yet), `generation` counts the moves.
+
+    `pinned`: what it points to is to stay resident.
+    """
 
     format: Literal[1] = 1
     name: str
     digest: str | None
     generation: int
     versions: tuple[V, ...]
+    pinned: bool = Field(default=False, exclude_if=_is_false)
 
     def version(self, digest: str) -> V | None:
         return next((version for version in self.versions if version.digest == digest), None)

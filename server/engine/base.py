@@ -16,7 +16,11 @@ class EngineDeadError(EngineError):
 
 
 class EngineLoadError(EngineError):
-    """A delta or an edit could not be made resident."""
+    """A delta or an edit could not be made resident. `retry_after_s` is set where it will not be tried again before."""
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class GrammarError(EngineError):
@@ -116,8 +120,15 @@ class Engine(Protocol):
         """
         ...
 
+    async def measure(self, delta: EngineDelta) -> int:
+        """Bytes that the delta will take in execution form, or somewhat more. Raises EngineLoadError."""
+        ...
+
     async def load(self, delta: EngineDelta) -> int:
-        """Make a delta resident and return its resident bytes; a combination's parts must be. Raises EngineLoadError."""
+        """Make a delta resident and return its resident bytes; a combination's parts must be. `path` may be any copy of its file.
+
+        Raises EngineLoadError.
+        """
         ...
 
     async def unload(self, delta: EngineDelta) -> None: ...

@@ -17,6 +17,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressors.errors import DeltaError
+from compressors.footprint import Form, execution_nbytes
 from server.config import EngineSettings
 from server.core import FinishReason, Sampling, TokenEvent, TokenLogprob
 from server.engine.base import (
@@ -121,6 +123,14 @@ class VLLMEngine:
             raise EngineDeadError("the engine stopped") from error
         except EngineGenerateError as error:
             raise EngineError(f"the engine failed on this request: {error}") from error
+
+    async def measure(self, delta: EngineDelta) -> int:
+        """Bytes that a delta will take in execution form on one worker, from its header."""
+        form: Form = "csr" if self.kernel == "torch-csr" else "sparse"
+        try:
+            return await asyncio.to_thread(execution_nbytes, Path(delta.path), form)
+        except (OSError, DeltaError) as error:
+            raise EngineLoadError(f"delta {delta.digest:.12} cannot be loaded: {error}") from error
 
     async def load(self, delta: EngineDelta) -> int:
         """Make a delta resident on every worker; returns its bytes in execution form, all workers together."""

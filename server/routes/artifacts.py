@@ -1,4 +1,4 @@
-"""The admin plane: upload, list, get, move and delete artifacts of every kind; load and unload deltas; what is in memory."""
+"""The admin plane: upload, list, get, move and delete artifacts of every kind; load, unload and pin deltas; what is in memory."""
 
 from typing import Any
 
@@ -58,6 +58,15 @@ async def unload(name: str, context: Ctx) -> dict[str, Any]:
     return context.deltas.card(await context.deltas.unload(name))
 
 
+async def pin(name: str, context: Ctx) -> dict[str, Any]:
+    context.gateway.require_ready()
+    return context.deltas.card(await context.deltas.pin(name))
+
+
+async def unpin(name: str, context: Ctx) -> dict[str, Any]:
+    return context.deltas.card(await context.deltas.unpin(name))
+
+
 async def status(context: Ctx) -> dict[str, Any]:
     names: dict[str, list[str]] = {}
     for ref in context.registry.refs():
@@ -69,6 +78,7 @@ async def status(context: Ctx) -> dict[str, Any]:
             "names": names.get(resident.item.digest, []),
             "resident_bytes": resident.nbytes,
             "in_flight": context.pool.leases(resident.item.digest),
+            "pinned": context.pool.pinned(resident.item.digest),
         }
         for resident in context.pool.residents()
     ]
@@ -78,9 +88,13 @@ async def status(context: Ctx) -> dict[str, Any]:
         "max_model_len": context.gateway.max_model_len,
         "max_resident_deltas": context.pool.max_resident,
         "resident_bytes": sum(resident.nbytes or 0 for resident in context.pool.residents()),
+        "max_resident_delta_bytes": context.pool.max_bytes,
         "resident": residents,
         "resident_combinations": len(context.pool.combinations.residents()),
         "max_resident_combinations": context.pool.combinations.max_resident,
+        "max_packed_delta_bytes": context.pool.packed.max_bytes,
+        "packed_bytes": context.pool.packed.nbytes,
+        "packed_deltas": len(context.pool.packed.digests()),
         "max_resident_edits": context.edits.max_resident,
         "resident_edits": len(context.edits.residents()),
         "rows_in_flight": context.admission.rows,

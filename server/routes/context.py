@@ -6,8 +6,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from server.admission import Admission
+from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
-from server.artifacts.pool import DeltaPool, EditPool
+from server.artifacts.pool import EditPool
 from server.artifacts.registry import DeltaRegistry
 from server.artifacts.versions import PolicyVersion, ProfileVersion, SAEVersion
 from server.gateway import Gateway

@@ -74,11 +74,9 @@ class FakeEngine:
         self.spoil: Callable[[EditReport], EditReport | None] = lambda report: report
         self._reports: dict[str, EditReport] = {}
 
-    async def start(self) -> None:
-        pass
+    async def start(self) -> None: ...
 
-    async def stop(self) -> None:
-        pass
+    async def stop(self) -> None: ...
 
     async def generate(
         self,
@@ -121,6 +119,9 @@ class FakeEngine:
                     yield TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
         finally:
             self.running.discard(request_id)
+
+    async def measure(self, delta: EngineDelta) -> int:
+        return 1000
 
     async def load(self, delta: EngineDelta) -> int:
         self.loads.append(delta.digest)

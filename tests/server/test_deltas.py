@@ -218,22 +218,36 @@ async def test_load_and_unload(admin: httpx.AsyncClient, upload: Any, house: Any
     assert (loaded["state"], loaded["resident_bytes"]) == ("resident", 1000)
     status = (await admin.get("/v1/admin/status")).json()
     assert status["resident"] == [
-        {"digest": loaded["digest"], "names": ["red"], "resident_bytes": 1000, "in_flight": 0}
+        {"digest": loaded["digest"], "names": ["red"], "resident_bytes": 1000, "in_flight": 0, "pinned": False}
     ]
     assert (status["state"], status["resident_bytes"], status["max_resident_deltas"]) == ("ready", 1000, 2)
+    assert (status["packed_bytes"], status["packed_deltas"], status["max_resident_delta_bytes"]) == (1, 1, None)
     unloaded = (await admin.post(f"{DELTAS}/red/unload")).json()["versions"][0]
     assert (unloaded["state"], unloaded["resident_bytes"]) == ("stored", None)
     assert house.engine.unloads == [loaded["digest"]]
+    assert (await admin.get("/v1/admin/status")).json()["packed_bytes"] == 0
 
 
-async def test_failed_load_is_not_remembered(
+async def test_failed_load_is_remembered_for_a_while(
     admin: httpx.AsyncClient, client: httpx.AsyncClient, upload: Any, house: Any
 ) -> None:
-    await upload("red", b"unloadable")
-    for _ in range(2):
+    """A request does not try again, an order does, and an upload of the same bytes clears the memory."""
+
+    async def ask() -> httpx.Response:
         response = await client.post("/v1/completions", json={"model": "red", "prompt": "a"})
         assert (response.status_code, response.json()["error"]["code"]) == (500, "delta_load_failed")
+        return response
+
+    await upload("red", b"unloadable")
+    assert "retry-after" not in (await ask()).headers
+    assert 1 <= int((await ask()).headers["retry-after"]) <= 5
+    assert len(house.engine.loads) == 1
+    assert (await admin.get(f"{DELTAS}/red")).json()["versions"][0]["state"] == "failed"
+    assert (await admin.post(f"{DELTAS}/red/load")).status_code == 500
     assert len(house.engine.loads) == 2
+    await upload("red", b"unloadable")
+    await ask()
+    assert len(house.engine.loads) == 3
     assert house.idle()
     assert house.context.pool.residents() == []
 

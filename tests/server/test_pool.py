@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.artifacts.pool import ArtifactInUse, CombinationPool, DeltaPool, NoCapacity
+from server.artifacts.combination_pool import CombinationPool
+from server.artifacts.delta_pool import DeltaPool
+from server.artifacts.pool import ArtifactInUse, NoCapacity
 from server.engine.base import EngineDelta
 from server.telemetry import Telemetry
 
@@ -79,7 +81,7 @@ async def test_the_least_recently_leased_goes_first(pool: DeltaPool, engine: Loa
         await pool.load(delta(name))
     assert engine.resident == {"a", "c"}
     assert engine.most == 2
-    assert value(telemetry, "delta_evictions_total") == 1
+    assert value(telemetry, "delta_evictions_total", level="engine") == 1
     assert value(telemetry, "resident_deltas") == 2
     assert value(telemetry, "resident_delta_bytes") == 20
 
@@ -125,8 +127,8 @@ async def test_failed_load_reaches_every_waiter_and_frees_the_slot(
     engine.fail = False
     await pool.load(delta("a"))
     assert (
-        value(telemetry, "delta_loads_total", outcome="error"),
-        value(telemetry, "delta_loads_total", outcome="ok"),
+        value(telemetry, "delta_loads_total", source="disk", outcome="error"),
+        value(telemetry, "delta_loads_total", source="disk", outcome="ok"),
     ) == (1, 1)
 
 

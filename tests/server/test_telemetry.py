@@ -37,7 +37,11 @@ async def test_requests_tokens_and_residency_are_counted(client: httpx.AsyncClie
     assert found[("deltaworks_request_duration_seconds_count", route)] == 3
     assert found[("deltaworks_resident_deltas",)] == 1
     assert found[("deltaworks_resident_delta_bytes",)] == 1000
-    assert found[("deltaworks_delta_loads_total", "ok")] == 1
+    assert found[("deltaworks_packed_deltas",)] == 1
+    assert found[("deltaworks_packed_delta_bytes",)] == found[("deltaworks_stored_bytes",)] == len(b"1")
+    assert found[("deltaworks_delta_loads_total", "disk", "ok")] == 1
+    assert found[("deltaworks_delta_load_duration_seconds_count", "disk")] == 1
+    assert found[("deltaworks_delta_read_duration_seconds_count",)] == 1
     assert found[("deltaworks_delta_uploads_total", "created")] == 1
     assert found[("deltaworks_requests_in_flight",)] == 0
 

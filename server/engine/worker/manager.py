@@ -25,6 +25,7 @@ from compressors.kernels.torch_csr import TorchCsr
 from compressors.masks import factor_rows
 from server.engine.worker.edits import EditPlane
 from server.engine.worker.linear import DeltaState, Kernel, op_library, wrap_linears
+from server.engine.worker.memory import release_memory
 from server.engine.worker.outside import OutsidePlane, Prepared
 from server.engine.worker.placement import Placement, PlacementError
 from server.engine.worker.plan import Planner
@@ -98,6 +99,7 @@ class DeltaManager:
         self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
+        release_memory()  # what decoding needed
         logger.info(
             "delta %.12s resident: %d bytes in %.2f s", lora_request.lora_name, nbytes, time.perf_counter() - started
         )
@@ -148,6 +150,7 @@ class DeltaManager:
         self._outside.remove(adapter_id)
         for linear in self._linears.values():
             linear.resident.pop(adapter_id, None)
+        release_memory()
         return True
 
     def remove_all_adapters(self) -> None:
