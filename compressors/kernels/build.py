@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from compressors.base import cache_root
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w")
@@ -27,26 +26,28 @@ class KernelUnavailableError(Exception):
     """The kernel could not be built or loaded; the message says why. The torch form serves in its place."""
 
 
+def library_name() -> str:
+    """Names everything that the library is made from, but for the compiler: any of them will do."""
+    recipe = [file.read_bytes() for file in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])]
+    recipe += [repr((FLAGS, units())).encode(), sys.platform.encode()]
+    return f"sparse_factors-{hashlib.sha256(b'|'.join(recipe)).hexdigest()[:16]}.so"
+
+
 @functools.cache
 def library() -> Path:
     """Path of the compiled kernel: the one that the install made, else one in the cache folder, compiled when it is not there.
 
     Raises KernelUnavailableError without a C++ compiler, or with the first lines of what the compiler said.
     """
-    name = f"sparse_factors-{_source_digest()}.so"
-    installed = FOLDER / name
+    from compressors.base import cache_root  # not at install, when the package's requirements may be missing
+
+    installed = FOLDER / library_name()
     if installed.is_file():
         return installed
-    target = cache_root() / "kernels" / name
+    target = cache_root() / "kernels" / library_name()
     if not target.is_file():
         compile_to(target)
     return target
-
-
-def _source_digest() -> str:
-    files = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__)])
-    content = [file.read_bytes() for file in files] + [platform.machine().encode(), sys.platform.encode()]
-    return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
 
 
 def units() -> dict[str, tuple[str, ...]]:
@@ -61,15 +62,18 @@ def units() -> dict[str, tuple[str, ...]]:
     return plain | ({"avx2": ("level.cpp", *AVX2), "avx512": ("level.cpp", *AVX512)} if x86 else {})
 
 
-def compile_to(target: Path) -> None:
-    """Compile and link the library into the file `target`; the compilations run side by side."""
+def compile_to(target: Path, compilations: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Compile (side by side) and link the library into the file `target`; by default the compilations of `units`.
+
+    Raises KernelUnavailableError.
+    """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelUnavailableError("no C++ compiler found (c++, g++ or clang++); install one, for example g++")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         jobs, objects = [], []
-        for name, (source, *flags) in units().items():
+        for name, (source, *flags) in (compilations or units()).items():
             objects.append(os.path.join(folder, f"{name}.o"))
             line = [compiler, *FLAGS, *flags, "-c", str(FOLDER / source), "-o", objects[-1]]
             jobs.append((source, subprocess.Popen(line, stderr=subprocess.PIPE, text=True)))

@@ -38,8 +38,10 @@ struct dw_side {
 struct dw_factor {           // one delta on one part of a linear; mirrored by ctypes in native.py
     int32_t rank, out_features, in_features, out_offset;
     int32_t kind;
+    int32_t few_rows;        // up to so many rows the packed columns are walked as they are; more of them decode the columns first
     int32_t identity_u;      // 1: u is the identity (rank == out_features, u is empty) and coef [in_features] scales x
-    int64_t entries;         // values of both sides, as the decoded form counts them
+    int32_t reserved;
+    int64_t entries;         // values of both sides, the zeros of dense columns included
     const float* coef;       // [rank]
     dw_side v, u;
 };
@@ -72,9 +74,9 @@ struct Level {
     void (*few)(const dw_factor& f, const Matrices& io, const int64_t* rows, int num_rows, int first, int last, float* x, float* acc);
     // y[rows] += the sum of `parts` accumulators, each [num_rows][padded(out)], in their order.
     void (*add)(const dw_factor& f, const Matrices& io, const int64_t* rows, int num_rows, const float* acc, int parts);
-    // Many rows: at most LANES of them against entries that `decode` wrote, for all factors of a group (they share x).
-    void (*many)(const dw_factor* factors, int64_t num_factors, const void* const* decoded, const Matrices& io, const int64_t* rows,
-                 int num_rows, float* x, float* acc);
+    // Many rows: at most LANES of them against entries that `decode` wrote, for all factors of a group that take it (they share x).
+    void (*many)(const dw_factor* const* factors, int64_t num_factors, const void* const* decoded, const Matrices& io,
+                 const int64_t* rows, int num_rows, float* x, float* acc);
 };
 
 // Entries of one factor, v then u, column after column: u32 words (bf16 value high, position low), or {float, u32} for

@@ -11,11 +11,7 @@
 #include <cstring>
 
 #if defined(DW_AVX512) || defined(DW_AVX2)
-#if defined(DW_EMULATE)
-#include <simde/x86/avx512.h>
-#else
 #include <immintrin.h>
-#endif
 #endif
 
 namespace {

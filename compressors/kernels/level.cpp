@@ -275,12 +275,12 @@ void scatter_lanes(const dw_factor& f, const Matrices& io, const int64_t* rows, 
 }
 
 template <int L, typename Scalar>
-void many_typed(const dw_factor* factors, int64_t num_factors, const void* const* decoded, const Matrices& io, const int64_t* rows,
-                int num_rows, float* x, float* acc) {
+void many_typed(const dw_factor* const* factors, int64_t num_factors, const void* const* decoded, const Matrices& io,
+                const int64_t* rows, int num_rows, float* x, float* acc) {
     constexpr int width = L * Isa::W;
     int32_t read = -1;
     for (int64_t p = 0; p < num_factors; ++p) {
-        const dw_factor& f = factors[p];
+        const dw_factor& f = *factors[p];
         if (f.in_features != read || f.identity_u) {  // parts of a linear share x, but for the scale of an identity's
             gather_lanes<Scalar>(io, rows, num_rows, f.in_features, width, x);
             read = f.identity_u ? -1 : f.in_features;
@@ -302,7 +302,7 @@ void many_typed(const dw_factor* factors, int64_t num_factors, const void* const
     }
 }
 
-void many(const dw_factor* factors, int64_t num_factors, const void* const* decoded, const Matrices& io, const int64_t* rows,
+void many(const dw_factor* const* factors, int64_t num_factors, const void* const* decoded, const Matrices& io, const int64_t* rows,
           int num_rows, float* x, float* acc) {
     constexpr int FULL = LANES / Isa::W;
     if (num_rows <= Isa::W) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import struct
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 
 from compressors.execution import SparseFactor
 from compressors.kernels.build import KernelUnavailableError, library
-from compressors.kernels.choice import CHOICES, Choice
-from compressors.kernels.forms import PackedFactor, Side, pack_factor
+from compressors.kernels.choice import ALWAYS, Choice, choose
+from compressors.kernels.forms import DENSE, INDEX16, INDEX32, KINDS, MASK, PackedFactor, Side, pack_factor
 
 LEVELS = ("portable", "avx2", "avx512")
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_GROUP = struct.Struct("@PqPq")  # `dw_group`
+_REMEMBERED = 64  # arrays of row numbers
 
 
 class SideStruct(ctypes.Structure):
@@ -38,7 +39,9 @@ class FactorStruct(ctypes.Structure):
         ("in_features", _INT32),
         ("out_offset", _INT32),
         ("kind", _INT32),
+        ("few_rows", _INT32),
         ("identity_u", _INT32),
+        ("reserved", _INT32),
         ("entries", _INT64),
         ("coef", _POINTER),
         ("v", SideStruct),
@@ -47,7 +50,7 @@ class FactorStruct(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "dw_apply": (None, (_POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT32, _INT32, _INT32, _INT64)),
+    "dw_apply": (None, (_POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT32, _INT32, _INT32)),
     "dw_best_level": (_INT32, ()),
     "dw_share_team": (None, (_POINTER,)),
     "dw_all_int8": (_INT32, (_POINTER, _INT32, _INT64)),
@@ -65,9 +68,9 @@ class NativeKernel:
     level: int  # the best of LEVELS on this CPU
 
     @classmethod
-    def load(cls) -> NativeKernel:
-        """Raises KernelUnavailableError when the library cannot be built or loaded here."""
-        path = library()
+    def load(cls, path: Path | None = None) -> NativeKernel:
+        """The library of this machine, or the one at `path`. Raises KernelUnavailableError when it cannot be built or loaded."""
+        path = path or library()
         try:
             handle = ctypes.CDLL(str(path))  # a call releases the GIL
         except OSError as error:
@@ -117,6 +120,8 @@ class NativeFactors:
 
     def sparse_count(self, rows: int) -> int:
         """How many of the factors, from the first, are not expanded for so many rows."""
+        if not self.dense_rows or rows < self.dense_rows[-1]:
+            return len(self.dense_rows)
         return sum(least > rows for least in self.dense_rows)
 
 
@@ -124,18 +129,18 @@ class NativeFactors:
 class NativeGroups:
     """The deltas of one step on one linear, with the memory that the structs point into."""
 
-    structs: ctypes.Array[ctypes.c_char]
+    structs: array[int]  # `dw_group` [count]: address of the factors, how many, address of the rows, how many
     count: int
     address: int
-    expanded: tuple[tuple[NativeFactors, int, torch.Tensor], ...]  # (prepared, first factor, rows [t])
-    owners: tuple[tuple[NativeFactors, npt.NDArray[np.int64]], ...]
+    expanded: Sequence[tuple[NativeFactors, int, torch.Tensor]]  # (prepared, first factor, rows [t])
+    owners: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]
 
 
 class NativeSparse:
     """Adds deltas with the C++ kernel: one call per linear for all deltas of the step and all parts of a fused linear.
 
     A tensor that is dense enough for the rows of its group is expanded and multiplied by torch instead (`choice.py`). Sums are in
-    fp32. For up to `few_rows` rows of a delta, a row's result does not depend on what else is in the batch.
+    fp32. Up to the choice's `few_rows` rows of a delta, a row's result does not depend on what else is in the batch.
     """
 
     name = "native-sparse"
@@ -146,8 +151,9 @@ class NativeSparse:
         self.kernel = kernel
         self.num_threads = num_threads
         self.level = kernel.level if level is None else level
-        self.choice = choice or CHOICES[self.level]
+        self.choice = choice or choose(self.level)
         self._apply = kernel.library.dw_apply
+        self._addresses: dict[int, tuple[npt.NDArray[np.int64], int]] = {}
 
     def prepare(self, factors: Sequence[SparseFactor]) -> NativeFactors:
         """Execution form of all parts of one linear."""
@@ -164,7 +170,9 @@ class NativeSparse:
                 one.in_features,
                 one.out_offset,
                 one.kind,
+                self.choice.few_rows(one.density),
                 int(one.identity_u),
+                0,
                 one.entries,
                 one.coef.ctypes.data,
                 _side_struct(one.v),
@@ -173,27 +181,53 @@ class NativeSparse:
         return NativeFactors(structs, tuple(packed), tuple(self._dense_rows(one) for one in packed))
 
     def _dense_rows(self, factor: PackedFactor) -> int:
-        return self.choice.dense_rows(factor.density)
+        return self.choice.expanded_rows(factor.density)
 
     def nbytes(self, prepared: NativeFactors) -> int:
         """Bytes that `prepared` holds."""
         return ctypes.sizeof(prepared.structs) + sum(factor.nbytes for factor in prepared.factors)
 
+    def describe(self, prepared: Iterable[NativeFactors]) -> str:
+        """The forms that a delta was put into: for the log, once at load."""
+        factors = [factor for one in prepared for factor in one.factors]
+        forms: Counter[int] = Counter()
+        for factor in factors:
+            for side in factor.sides:
+                forms.update(side.columns["form"].tolist())
+        columns = {"whole": forms[DENSE], "masked": forms[MASK], "indexed": forms[INDEX16] + forms[INDEX32]}
+        kinds = Counter(KINDS[factor.kind] for factor in factors)
+        walked = Counter(self.choice.few_rows(factor.density) for factor in factors)
+        expanded = sum(self._dense_rows(factor) < ALWAYS for factor in factors)
+        return (
+            f"{LEVELS[self.level]}; {', '.join(f'{count} {name}' for name, count in kinds.items())} tensors"
+            f" ({sum(factor.identity_u for factor in factors)} entry by entry, {expanded} expanded for many rows);"
+            f" columns {', '.join(f'{count} {name}' for name, count in columns.items())}; walked packed up to rows:"
+            f" {', '.join(f'{rows} ({count})' for rows, count in sorted(walked.items()))}"
+        )
+
     def group(self, parts: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]) -> NativeGroups | None:
         """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta. None: nothing to add."""
-        fields: list[int] = []
+        fields = array("q")
         expanded = []
         for prepared, rows in parts:
-            sparse = prepared.sparse_count(len(rows))
+            count = len(rows)
+            sparse = prepared.sparse_count(count)
             if sparse:
-                fields += (prepared.address, sparse, rows.ctypes.data, len(rows))
+                fields.extend((prepared.address, sparse, self._address(rows), count))
             if sparse < len(prepared.factors):
                 expanded.append((prepared, sparse, torch.from_numpy(rows)))
-        count = len(fields) // 4
-        if not count and not expanded:
+        if not fields and not expanded:
             return None
-        structs = ctypes.create_string_buffer(struct.pack("@" + "PqPq" * count, *fields), max(1, _GROUP.size * count))
-        return NativeGroups(structs, count, ctypes.addressof(structs), tuple(expanded), tuple(parts))
+        return NativeGroups(fields, len(fields) // 4, fields.buffer_info()[0], expanded, parts)
+
+    def _address(self, rows: npt.NDArray[np.int64]) -> int:
+        """Address of the row numbers: every linear of a step asks for the same few arrays, and numpy takes its time."""
+        known = self._addresses.get(id(rows))
+        if known is None:
+            if len(self._addresses) >= _REMEMBERED:
+                self._addresses.clear()
+            known = self._addresses[id(rows)] = (rows, rows.ctypes.data)  # holds the array, so its id stays its own
+        return known[1]
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, groups: NativeGroups) -> None:
         """y [T, m] += delta(x [T, n]) for the rows of each group, in place; bf16 or fp32, accumulated in fp32."""
@@ -212,7 +246,6 @@ class NativeSparse:
                 y.dtype is torch.bfloat16,
                 self.num_threads,
                 self.level,
-                self.choice.few_rows,
             )
         for prepared, first, rows in groups.expanded:
             self._add_expanded(y, x[rows], prepared, first, rows)
@@ -220,27 +253,30 @@ class NativeSparse:
     def _add_expanded(
         self, y: torch.Tensor, x: torch.Tensor, prepared: NativeFactors, first: int, rows: torch.Tensor
     ) -> None:
-        """y[rows] += the factors from `first` on, as dense low-rank pairs in fp32; x [t, n] is what belongs to the rows."""
-        x = x.float()
+        """y[rows] += the factors from `first` on, as dense low-rank pairs; x [t, n] is what belongs to the rows.
+
+        In bf16 where the CPU multiplies it (x . V is rounded to bf16 then, as between two layers), else in fp32.
+        """
+        dtype = torch.bfloat16 if self.choice.dense_bf16 and y.dtype is torch.bfloat16 else torch.float32
         for i in range(first, len(prepared.factors)):
             factor = prepared.factors[i]
             coef = torch.from_numpy(factor.coef)
-            v = self.expand(prepared, i, 0)
+            v = self.expand(prepared, i, 0, dtype)
             if factor.identity_u:
-                added = (x * coef) @ v
+                added = (x * coef).to(dtype) @ v.T
             else:
-                added = ((x @ v) * coef) @ self.expand(prepared, i, 1).T
-            end = factor.out_offset + factor.out_features
-            part = y[:, factor.out_offset : end]
+                z = (x.to(dtype) @ v.T).float() * coef
+                added = z.to(dtype) @ self.expand(prepared, i, 1, dtype)
+            part = y[:, factor.out_offset : factor.out_offset + factor.out_features]
             part.index_copy_(0, rows, (part[rows].float() + added).to(y.dtype))
 
-    def expand(self, prepared: NativeFactors, index: int, side: int) -> torch.Tensor:
-        """Side 0 (V [n, r]) or 1 (U [m, r]) of one factor as a dense fp32 matrix."""
+    def expand(self, prepared: NativeFactors, index: int, side: int, dtype: torch.dtype) -> torch.Tensor:
+        """Side 0 (V^T [r, n]) or 1 (U^T [r, m]) of one factor as a dense matrix, fp32 or bf16."""
         factor = prepared.factors[index]
         rows = factor.out_features if side else factor.in_features
-        dense = torch.zeros(rows, factor.rank)
+        dense = torch.zeros(factor.rank, rows, dtype=dtype)
         at = prepared.address + index * ctypes.sizeof(FactorStruct)
-        self.kernel.library.dw_dense(at, side, factor.rank, 1, dense.data_ptr(), 0)
+        self.kernel.library.dw_dense(at, side, 1, rows, dense.data_ptr(), dtype is torch.bfloat16)
         return dense
 
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t ENTRIES_OF_A_PART = 1 << 16;  // of one factor, in one task: about 40 microseconds
 constexpr int64_t MAX_PARTS = 8;
-constexpr int64_t ALONE = 1 << 15;  // entry-rows below which a call is not worth a second thread
+constexpr int64_t ALONE = 1 << 16;  // entry-rows (about 25 microseconds) below which a call is not worth a second thread
 
 // OpenMP's entry point, in whichever runtime torch has loaded: a second runtime would bring a second team of threads.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
@@ -59,7 +59,8 @@ struct Unit {  // one factor for a few rows, in `parts` tasks whose sums the las
 struct Task {
     int64_t unit;  // < 0: many rows
     int part;
-    const dw_group* group;
+    const dw_group* group;  // many rows only, as what follows
+    size_t first_factor, num_factors;  // of Call::many
     int64_t first_row, last_row;
 };
 
@@ -68,6 +69,7 @@ struct Call {
     Matrices io;
     std::vector<Unit> units;
     std::vector<Task> tasks;
+    std::vector<const dw_factor*> many;  // the factors of many-row tasks
     std::unique_ptr<std::atomic<int>[]> open;
     size_t num_open;
     float* shared;
@@ -91,26 +93,24 @@ void run_few(Call& call, const Unit& unit, int part) {
 void run_many(Call& call, const Task& task) {
     static thread_local Scratch x_scratch, acc_scratch, entry_scratch;
     static thread_local std::vector<const void*> decoded;
-    const dw_group& group = *task.group;
+    const dw_factor* const* factors = call.many.data() + task.first_factor;
     size_t x_size = 0, acc_size = 0, entry_bytes = 0;
-    for (int64_t p = 0; p < group.num_factors; ++p) {
-        const dw_factor& f = group.factors[p];
-        x_size = std::max(x_size, static_cast<size_t>(LANES) * f.in_features);
-        acc_size = std::max(acc_size, static_cast<size_t>(LANES) * f.out_features);
-        entry_bytes += 8 * static_cast<size_t>(f.entries);
+    for (size_t p = 0; p < task.num_factors; ++p) {
+        x_size = std::max(x_size, static_cast<size_t>(LANES) * factors[p]->in_features);
+        acc_size = std::max(acc_size, static_cast<size_t>(LANES) * factors[p]->out_features);
+        entry_bytes += 8 * static_cast<size_t>(factors[p]->entries);
     }
-    char* entries = static_cast<char*>(entry_scratch.bytes(entry_bytes + 64));
+    char* entries = static_cast<char*>(entry_scratch.bytes(entry_bytes));
     decoded.clear();
-    for (int64_t p = 0; p < group.num_factors; ++p) {
-        decode(group.factors[p], entries);
+    for (size_t p = 0; p < task.num_factors; ++p) {
+        decode(*factors[p], entries);
         decoded.push_back(entries);
-        entries += (packs_in_words(group.factors[p]) ? 4 : 8) * group.factors[p].entries;
-        entries += -reinterpret_cast<uintptr_t>(entries) & 7;
+        entries += 8 * factors[p]->entries;
     }
     float *x = x_scratch.floats(x_size), *acc = acc_scratch.floats(acc_size);
     for (int64_t row = task.first_row; row < task.last_row; row += LANES) {
         const int count = static_cast<int>(std::min<int64_t>(LANES, task.last_row - row));
-        call.level->many(group.factors, group.num_factors, decoded.data(), call.io, group.rows + row, count, x, acc);
+        call.level->many(factors, task.num_factors, decoded.data(), call.io, task.group->rows + row, count, x, acc);
     }
 }
 
@@ -125,33 +125,37 @@ void work(void* data) {
     }
 }
 
+// The tasks of one factor for few rows.
+void cut_few(Call& call, const dw_factor& f, const dw_group& group, size_t& acc_at) {
+    const int parts = parts_of(f);
+    for (int64_t row = 0; row < group.num_rows; row += FEW) {
+        const int count = static_cast<int>(std::min<int64_t>(FEW, group.num_rows - row));
+        for (int part = 0; part < parts; ++part) call.tasks.push_back({static_cast<int64_t>(call.units.size()), part, nullptr, 0, 0, 0, 0});
+        call.units.push_back({&f, group.rows + row, count, parts, acc_at, call.num_open});
+        if (parts > 1) {
+            acc_at += parts * count * padded(f.out_features);
+            ++call.num_open;
+        }
+    }
+}
+
 // Cuts a call into tasks; returns the entry-rows that they are worth.
-int64_t cut(Call& call, const dw_group* groups, int64_t num_groups, int64_t few_rows, int64_t threads) {
+int64_t cut(Call& call, const dw_group* groups, int64_t num_groups, int64_t threads) {
     int64_t worth = 0;
     size_t acc_at = 0;
     for (const dw_group* group = groups; group != groups + num_groups; ++group) {
-        for (int64_t p = 0; p < group->num_factors; ++p) worth += group->factors[p].entries * group->num_rows;
-        if (group->num_rows > few_rows) {
-            const int64_t blocks = (group->num_rows + LANES - 1) / LANES, runs = std::min(blocks, threads);
-            for (int64_t r = 0; r < runs; ++r) {
-                const int64_t last = std::min(group->num_rows, blocks * (r + 1) / runs * LANES);
-                call.tasks.push_back({-1, 0, group, blocks * r / runs * LANES, last});
-            }
-            continue;
-        }
+        const size_t first = call.many.size();
         for (int64_t p = 0; p < group->num_factors; ++p) {
             const dw_factor& f = group->factors[p];
-            const int parts = parts_of(f);
-            for (int64_t row = 0; row < group->num_rows; row += FEW) {
-                const int count = static_cast<int>(std::min<int64_t>(FEW, group->num_rows - row));
-                for (int part = 0; part < parts; ++part)
-                    call.tasks.push_back({static_cast<int64_t>(call.units.size()), part, group, 0, 0});
-                call.units.push_back({&f, group->rows + row, count, parts, acc_at, call.num_open});
-                if (parts > 1) {
-                    acc_at += parts * count * padded(f.out_features);
-                    ++call.num_open;
-                }
-            }
+            worth += f.entries * group->num_rows;
+            if (group->num_rows <= f.few_rows) cut_few(call, f, *group, acc_at);
+            else call.many.push_back(&f);
+        }
+        const size_t count = call.many.size() - first;
+        const int64_t blocks = (group->num_rows + LANES - 1) / LANES, runs = count ? std::min(blocks, threads) : 0;
+        for (int64_t r = 0; r < runs; ++r) {
+            const int64_t last = std::min(group->num_rows, blocks * (r + 1) / runs * LANES);
+            call.tasks.push_back({-1, 0, group, first, count, blocks * r / runs * LANES, last});
         }
     }
     if (call.num_open) {
@@ -191,19 +195,19 @@ DW_API int32_t dw_best_level() {
 // GOMP_parallel of the OpenMP runtime to share, or null to stay on the calling thread.
 DW_API void dw_share_team(void* gomp_parallel) { team = reinterpret_cast<Team>(gomp_parallel); }
 
-// x [*, in], y [*, out_total]; strides in elements; bf16 != 0 for bfloat16, else float32. Groups of more than few_rows rows take the
-// form for many rows.
+// x [*, in], y [*, out_total]; strides in elements; bf16 != 0 for bfloat16, else float32.
 DW_API void dw_apply(const dw_group* groups, int64_t num_groups, const void* x, int64_t x_stride, void* y, int64_t y_stride, int32_t bf16,
-              int32_t num_threads, int32_t level, int64_t few_rows) {
+              int32_t num_threads, int32_t level) {
     static thread_local Call call;  // its vectors keep their memory from call to call
     call.level = level_of(level);
     call.io = {x, y, x_stride, y_stride, bf16};
     call.units.clear();
     call.tasks.clear();
+    call.many.clear();
     call.num_open = 0;
     call.next = 0;
     const int64_t threads = team ? std::max(num_threads, 1) : 1;
-    const int64_t worth = cut(call, groups, num_groups, few_rows, threads);
+    const int64_t worth = cut(call, groups, num_groups, threads);
     const int64_t used = std::min<int64_t>(threads, call.tasks.size());
     if (used > 1 && worth > ALONE) team(work, &call, static_cast<unsigned>(used), 0);
     else work(&call);

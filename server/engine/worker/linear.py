@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,8 +28,15 @@ class Kernel(Protocol):
 
     def nbytes(self, prepared: Any) -> int: ...
 
+    def describe(self, prepared: Iterable[Any]) -> str:
+        """The forms that a delta was put into: for the log, once at load."""
+        ...
+
     def group(self, parts: Sequence[tuple[Any, npt.NDArray[np.int64]]]) -> Any:
-        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta."""
+        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta.
+
+        None when there is nothing to add.
+        """
         ...
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, groups: Any) -> None:
