@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,18 +80,18 @@ def table(
     cells = []
     for density in densities:
         factor = random_factor(out, size, rank_for(out, size, share, density), density)
-        forms: dict[str, NativeSparse | TorchCsr] = {
-            name: NativeSparse(kernel, 1, level, choice) for name, choice in FORMS.items()
+        forms: dict[str, Any] = {
+            **{name: NativeSparse(kernel, 1, level, choice) for name, choice in FORMS.items()},
+            CHOSEN: NativeSparse(kernel, 1, level, choose(level)),
+            CSR: TorchCsr(torch.device("cpu")),
         }
-        forms |= {CHOSEN: NativeSparse(kernel, 1, level, choose(level)), CSR: TorchCsr(torch.device("cpu"))}
         prepared = {name: form.prepare([factor]) for name, form in forms.items()}
         for rows in row_counts:
             x, y = torch.randn(rows, size).bfloat16(), torch.randn(rows, out).bfloat16()
-            cells.append(Cell(rows, density, BASE, _least(lambda x=x: torch.nn.functional.linear(x, weight))))
+            cells.append(Cell(rows, density, BASE, _least(partial(torch.nn.functional.linear, x, weight))))
             for name, form in forms.items():
                 groups = form.group([(prepared[name], np.arange(rows))])
-                call = lambda form=form, x=x, y=y, groups=groups: form.apply(y, x, groups)  # noqa: E731
-                cells.append(Cell(rows, density, name, _least(call)))
+                cells.append(Cell(rows, density, name, _least(partial(form.apply, y, x, groups))))
             progress(1)
     return cells
 
