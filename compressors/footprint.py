@@ -1,7 +1,7 @@
 """How many bytes a delta takes in execution form, told from the file's header and its counts, before anything is decoded.
 
-What is told is never less than what a kernel then holds: exact for the projections of a whole model, an upper bound for the
-shards of a tensor-parallel group, each taken alone. No torch.
+What is told is never less than what a kernel then holds: the C++ kernel chooses a form for each column, so for it an upper bound,
+about twice what int8 values take. The pool counts the true size as soon as a delta has been loaded once. No torch.
 
 Legend: m out features, n in features, r rank.
 """
@@ -21,26 +21,35 @@ from compressors.layout import HEAD, input_table
 
 Form = Literal["sparse", "csr"]  # what the kernels hold: entries column after column, or torch's fp32 CSR
 
-_FACTOR_STRUCT_BYTES = 64  # of a factor in the C++ kernel's table
-_EXACT_IN_BF16 = ("BF16", "I8")
+_FACTOR_STRUCT_BYTES = 112  # of a factor in the C++ kernel's table
+_COLUMN_BYTES = 20  # of a column of one side: where it lies, and its index up to a multiple of 4
+_SIDE_BYTES = 68  # what a vector load may read behind a side's last value and index
+_PAD = 16  # values that a whole column is filled up to
+# Bytes of an entry at most, by the width of its value: a column is stored whole from a density of .4 on at the lowest, and with
+# 2 bytes of index an entry below.
+_ENTRY_BYTES = {1: 3, 2: 5, 4: 10}
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of one weight's factors: how many entries U and V have together, and whether bf16 holds their values."""
+    """Size of one weight's factors: how many entries U and V have together, and the bytes of a value (1, 2 or 4)."""
 
     out_features: int
     in_features: int
     rank: int
     entries: int
-    bf16_exact: bool
+    width: int
 
     def nbytes(self, form: Form) -> int:
-        """Bytes in memory."""
+        """Bytes in memory: exact for torch's CSR, at most for the C++ kernel."""
         if form == "csr":  # value fp32 and index i32 an entry, and the row pointers of V^T [r, n] and U [m, r]
             return 8 * self.entries + 4 * (self.rank + self.out_features + 2)
-        packed = self.bf16_exact and max(self.out_features, self.in_features) <= 1 << 16
-        return _FACTOR_STRUCT_BYTES + 4 * self.rank + 16 * (self.rank + 1) + (4 if packed else 8) * self.entries
+        narrow = max(self.out_features, self.in_features) <= 1 << 16
+        width = self.width if narrow else 4  # wider positions do not fit beside a value, which is then fp32
+        columns = max(self.rank, self.out_features)  # a delta without a V is stored row after row
+        side = _SIDE_BYTES + columns * (_COLUMN_BYTES + _PAD * width)
+        entry = _ENTRY_BYTES[width] + (0 if narrow else 2)
+        return _FACTOR_STRUCT_BYTES + 4 * max(columns, self.in_features) + 2 * side + entry * self.entries
 
 
 def execution_nbytes(path: Path, form: Form = "sparse") -> int:
@@ -65,26 +74,29 @@ def extent(artifact: Artifact, name: str, record: Record) -> Extent:
     rows, columns = record.shape
     if record.kind == "impart":
         kept = [artifact.array(f"{name}::keep_{label}") for label in "uv"]
-        exact = all(_exact(artifact, name, f"{label}_vals", record) for label in "uv")
-        return Extent(rows, columns, len(kept[0]), sum(int(keep.sum(dtype=np.int64)) for keep in kept), exact)
+        width = max(_width(artifact, name, f"{label}_vals", record) for label in "uv")
+        return Extent(rows, columns, len(kept[0]), sum(int(keep.sum(dtype=np.int64)) for keep in kept), width)
     if record.kind == "lowrank":
         rank = artifact.array(f"{name}::a").shape[0]
-        exact = all(_exact(artifact, name, label, record) for label in "ab")
-        return Extent(rows, columns, rank, rank * (rows + columns), exact)
+        width = max(_width(artifact, name, label, record) for label in "ab")
+        return Extent(rows, columns, rank, rank * (rows + columns), width)
     if record.kind == "sparse":  # entries of the delta itself; V is the identity
         count = int(artifact.array(f"{name}::count")[0])
-        return Extent(rows, columns, columns, count + columns, _exact(artifact, name, "vals", record))
+        return Extent(rows, columns, columns, count + columns, _width(artifact, name, "vals", record))
     if record.kind == "signs":
         one = len(artifact.array(f"{name}::scale")) == 1  # else the identity is U, and has a column a row
-        return Extent(rows, columns, columns if one else rows, rows * columns + (columns if one else rows), True)
+        return Extent(rows, columns, columns if one else rows, rows * columns + (columns if one else rows), 1)
     if record.kind == "raw":
-        return Extent(rows, columns, columns, (rows + 1) * columns, _exact(artifact, name, "delta", record))
+        return Extent(rows, columns, columns, (rows + 1) * columns, _width(artifact, name, "delta", record))
     raise ArtifactError(f"{name} is stored as {record.kind!r}, which has no factors")
 
 
-def _exact(artifact: Artifact, name: str, label: str, record: Record) -> bool:
+def _width(artifact: Artifact, name: str, label: str, record: Record) -> int:
+    """Bytes of a value in the C++ kernel: int8 stays as it is, and what is packed is widened to it; fp16 becomes fp32."""
     slot = artifact.slots.get(f"{name}::{label}")
-    return bool(record.bits) or (slot is not None and slot.dtype in _EXACT_IN_BF16)
+    if record.bits or (slot is not None and slot.dtype == "I8"):
+        return 1
+    return 2 if slot is not None and slot.dtype == "BF16" else 4
 
 
 def _outside(artifact: Artifact, name: str) -> int:

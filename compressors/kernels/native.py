@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,35 +16,48 @@ import torch
 
 from compressors.execution import SparseFactor
 from compressors.kernels.build import KernelUnavailableError, library
+from compressors.kernels.choice import ALWAYS, Choice, choose
+from compressors.kernels.forms import DENSE, INDEX16, INDEX32, KINDS, MASK, PackedFactor, Side, pack_factor
+
+LEVELS = ("portable", "avx2", "avx512")
+_INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_REMEMBERED = 64  # arrays of row numbers
+
+
+class SideStruct(ctypes.Structure):
+    """`dw_side`: V or U of one factor."""
+
+    _fields_ = (("values", _POINTER), ("index", _POINTER), ("columns", _POINTER))
 
 
 class FactorStruct(ctypes.Structure):
     """`dw_factor`: one delta on one part of a linear."""
 
     _fields_ = (
-        ("rank", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("in_features", ctypes.c_int32),
-        ("out_offset", ctypes.c_int32),
-        ("packed", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("coef", ctypes.c_void_p),
-        ("v_start", ctypes.c_void_p),
-        ("u_start", ctypes.c_void_p),
-        ("v_entries", ctypes.c_void_p),
-        ("u_entries", ctypes.c_void_p),
+        ("rank", _INT32),
+        ("out_features", _INT32),
+        ("in_features", _INT32),
+        ("out_offset", _INT32),
+        ("kind", _INT32),
+        ("few_rows", _INT32),
+        ("identity_u", _INT32),
+        ("reserved", _INT32),
+        ("entries", _INT64),
+        ("coef", _POINTER),
+        ("v", SideStruct),
+        ("u", SideStruct),
     )
 
 
-class GroupStruct(ctypes.Structure):
-    """`dw_group`: the batch rows that use one delta, with that delta's factors of the linear."""
-
-    _fields_ = (
-        ("factors", ctypes.c_void_p),
-        ("num_factors", ctypes.c_int64),
-        ("rows", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-    )
+_SIGNATURES = {
+    "dw_apply": (None, (_POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT32, _INT32, _INT32)),
+    "dw_best_level": (_INT32, ()),
+    "dw_share_team": (None, (_POINTER,)),
+    "dw_all_int8": (_INT32, (_POINTER, _INT32, _INT64)),
+    "dw_pack": (None, (_POINTER, _INT32, _POINTER, _INT64, _INT32, _POINTER, _POINTER, _POINTER)),
+    "dw_dense": (None, (_POINTER, _INT32, _INT64, _INT64, _POINTER, _INT32)),
+    "dw_kept_rows": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+}
 
 
 @dataclass(frozen=True)
@@ -48,35 +65,21 @@ class NativeKernel:
     """The loaded library. Pointers are raw addresses; the caller keeps the memory behind them alive."""
 
     library: ctypes.CDLL
+    level: int  # the best of LEVELS on this CPU
 
     @classmethod
-    def load(cls) -> NativeKernel:
-        """Raises KernelUnavailableError when the library cannot be built or loaded here."""
-        path = library()
+    def load(cls, path: Path | None = None) -> NativeKernel:
+        """The library of this machine, or the one at `path`. Raises KernelUnavailableError when it cannot be built or loaded."""
+        path = path or library()
         try:
-            handle = ctypes.CDLL(str(path))
+            handle = ctypes.CDLL(str(path))  # a call releases the GIL
         except OSError as error:
             raise KernelUnavailableError(f"{path} does not load: {error}") from error
-        handle.dw_apply.restype = None
-        handle.dw_apply.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int32,
-            ctypes.c_int32,
-        ]
-        handle.dw_kept_rows.restype = None
-        handle.dw_kept_rows.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
-        return cls(handle)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+        handle.dw_share_team(_openmp_entry())
+        return cls(handle, handle.dw_best_level())
 
     def kept_rows(
         self, keys: npt.NDArray[np.uint64], keep: npt.NDArray[np.int32], num_rows: int
@@ -84,9 +87,23 @@ class NativeKernel:
         """Seeded masks of one factor, all columns: the same rows as `compressors.masks.factor_rows`."""
         keys = np.ascontiguousarray(keys, dtype=np.uint64)
         keep = np.ascontiguousarray(keep, dtype=np.int32)
-        rows = np.empty(int(keep.sum()), dtype=np.int32)
+        rows = np.empty(int(keep.sum(dtype=np.int64)), dtype=np.int32)
         self.library.dw_kept_rows(keys.ctypes.data, keep.ctypes.data, len(keep), num_rows, rows.ctypes.data)
         return rows
+
+
+def _openmp_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch uses (GNU's, LLVM's and Intel's all have it); None without one.
+
+    A preloaded runtime comes first, as it does for torch itself.
+    """
+    for path in (None, Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"):
+        try:
+            entry = ctypes.CDLL(None if path is None else str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(entry, ctypes.c_void_p).value
+    return None
 
 
 @dataclass(frozen=True)
@@ -94,76 +111,185 @@ class NativeFactors:
     """All parts of one linear for one delta, with the memory that the structs point into."""
 
     structs: ctypes.Array[FactorStruct]
-    factors: tuple[SparseFactor, ...]
+    factors: tuple[PackedFactor, ...]  # those that torch multiplies from the fewest rows on come last
+    dense_rows: tuple[int, ...]  # of each: the rows from which torch does
     shared: bool = False  # all but the coefficients belongs to another delta
+
+    @cached_property
+    def address(self) -> int:
+        return ctypes.addressof(self.structs)
+
+    def sparse_count(self, rows: int) -> int:
+        """How many of the factors, from the first, are not expanded for so many rows."""
+        if not self.dense_rows or rows < self.dense_rows[-1]:
+            return len(self.dense_rows)
+        return sum(least > rows for least in self.dense_rows)
 
 
 @dataclass(frozen=True)
 class NativeGroups:
     """The deltas of one step on one linear, with the memory that the structs point into."""
 
-    structs: ctypes.Array[GroupStruct]
+    structs: array[int]  # `dw_group` [count]: address of the factors, how many, address of the rows, how many
+    count: int
     address: int
-    owners: tuple[tuple[NativeFactors, npt.NDArray[np.int64]], ...]
+    expanded: Sequence[tuple[NativeFactors, int, torch.Tensor]]  # (prepared, first factor, rows [t])
+    owners: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]
 
 
 class NativeSparse:
-    """Adds deltas with the C++ kernel: one call per linear for all deltas of the step and all parts of a fused linear."""
+    """Adds deltas with the C++ kernel: one call per linear for all deltas of the step and all parts of a fused linear.
+
+    A tensor that is dense enough for the rows of its group is expanded and multiplied by torch instead (`choice.py`). Sums are in
+    fp32. Up to the choice's `few_rows` rows of a delta, a row's result does not depend on what else is in the batch.
+    """
 
     name = "native-sparse"
 
-    def __init__(self, kernel: NativeKernel, num_threads: int) -> None:
+    def __init__(
+        self, kernel: NativeKernel, num_threads: int, level: int | None = None, choice: Choice | None = None
+    ) -> None:
         self.kernel = kernel
         self.num_threads = num_threads
+        self.level = kernel.level if level is None else level
+        self.choice = choice or choose(self.level)
+        self._apply = kernel.library.dw_apply
+        self._addresses: dict[int, tuple[npt.NDArray[np.int64], int]] = {}
 
     def prepare(self, factors: Sequence[SparseFactor]) -> NativeFactors:
         """Execution form of all parts of one linear."""
-        structs = (FactorStruct * len(factors))()
-        for i, factor in enumerate(factors):
+        found = (
+            pack_factor(self.kernel.library, factor, self.choice.dense_from, self.choice.mask_from)
+            for factor in factors
+        )
+        return self._with_structs(sorted((one for one in found if one is not None), key=self._dense_rows, reverse=True))
+
+    def _with_structs(self, packed: Sequence[PackedFactor]) -> NativeFactors:
+        structs = (FactorStruct * len(packed))()
+        for i, one in enumerate(packed):
             structs[i] = FactorStruct(
-                factor.rank,
-                factor.out_features,
-                factor.in_features,
-                factor.out_offset,
-                int(factor.packed),
+                one.rank,
+                one.out_features,
+                one.in_features,
+                one.out_offset,
+                one.kind,
+                self.choice.few_rows(one.density),
+                int(one.identity_u),
                 0,
-                factor.coef.ctypes.data,
-                factor.v_start.ctypes.data,
-                factor.u_start.ctypes.data,
-                factor.v_entries.ctypes.data,
-                factor.u_entries.ctypes.data,
+                one.entries,
+                one.coef.ctypes.data,
+                _side_struct(one.v),
+                _side_struct(one.u),
             )
-        return NativeFactors(structs, tuple(factors))
+        return NativeFactors(structs, tuple(packed), tuple(self._dense_rows(one) for one in packed))
+
+    def _dense_rows(self, factor: PackedFactor) -> int:
+        return self.choice.expanded_rows(factor.density)
 
     def scaled(self, prepared: NativeFactors, weight: float) -> NativeFactors:
         """The same delta times `weight`; entries are shared, so it costs the coefficients alone."""
         factors = [replace(factor, coef=factor.coef * np.float32(weight)) for factor in prepared.factors]
-        return replace(self.prepare(factors), shared=True)
+        return replace(self._with_structs(factors), shared=True)
 
     def nbytes(self, prepared: NativeFactors) -> int:
         """Bytes that `prepared` holds for itself."""
         own = [factor.coef.nbytes if prepared.shared else factor.nbytes for factor in prepared.factors]
         return ctypes.sizeof(prepared.structs) + sum(own)
 
-    def group(self, parts: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]) -> NativeGroups:
-        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta."""
-        structs = (GroupStruct * len(parts))()
-        for i, (prepared, rows) in enumerate(parts):
-            factors = ctypes.addressof(prepared.structs)
-            structs[i] = GroupStruct(factors, len(prepared.structs), rows.ctypes.data, len(rows))
-        return NativeGroups(structs, ctypes.addressof(structs), tuple(parts))
+    def describe(self, prepared: Iterable[NativeFactors]) -> str:
+        """The forms that a delta was put into: for the log, once at load."""
+        factors = [factor for one in prepared for factor in one.factors]
+        forms: Counter[int] = Counter()
+        for factor in factors:
+            for side in factor.sides:
+                forms.update(side.columns["form"].tolist())
+        columns = {"whole": forms[DENSE], "masked": forms[MASK], "indexed": forms[INDEX16] + forms[INDEX32]}
+        kinds = Counter(KINDS[factor.kind] for factor in factors)
+        walked = Counter(self.choice.few_rows(factor.density) for factor in factors)
+        expanded = sum(self._dense_rows(factor) < ALWAYS for factor in factors)
+        return (
+            f"{LEVELS[self.level]}; {', '.join(f'{count} {name}' for name, count in kinds.items())} tensors"
+            f" ({sum(factor.identity_u for factor in factors)} entry by entry, {expanded} expanded for many rows);"
+            f" columns {', '.join(f'{count} {name}' for name, count in columns.items())}; walked packed up to rows:"
+            f" {', '.join(f'{rows} ({count})' for rows, count in sorted(walked.items()))}"
+        )
+
+    def group(self, parts: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]) -> NativeGroups | None:
+        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta. None: nothing to add."""
+        fields = array("q")
+        expanded = []
+        for prepared, rows in parts:
+            count = len(rows)
+            sparse = prepared.sparse_count(count)
+            if sparse:
+                fields.extend((prepared.address, sparse, self._address(rows), count))
+            if sparse < len(prepared.factors):
+                expanded.append((prepared, sparse, torch.from_numpy(rows)))
+        if not fields and not expanded:
+            return None
+        return NativeGroups(fields, len(fields) // 4, fields.buffer_info()[0], expanded, parts)
+
+    def _address(self, rows: npt.NDArray[np.int64]) -> int:
+        """Address of the row numbers: every linear of a step asks for the same few arrays, and numpy takes its time."""
+        known = self._addresses.get(id(rows))
+        if known is None:
+            if len(self._addresses) >= _REMEMBERED:
+                self._addresses.clear()
+            known = self._addresses[id(rows)] = (rows, rows.ctypes.data)  # holds the array, so its id stays its own
+        return known[1]
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, groups: NativeGroups) -> None:
         """y [T, m] += delta(x [T, n]) for the rows of each group, in place; bf16 or fp32, accumulated in fp32."""
-        if x.stride(-1) != 1:
+        x_stride, along = x.stride()
+        if along != 1:
             x = x.contiguous()
-        self.kernel.library.dw_apply(
-            groups.address,
-            len(groups.structs),
-            x.data_ptr(),
-            x.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            int(y.dtype == torch.bfloat16),
-            self.num_threads,
-        )
+            x_stride = x.stride(0)
+        if groups.count:
+            self._apply(
+                groups.address,
+                groups.count,
+                x.data_ptr(),
+                x_stride,
+                y.data_ptr(),
+                y.stride(0),
+                y.dtype is torch.bfloat16,
+                self.num_threads,
+                self.level,
+            )
+        for prepared, first, rows in groups.expanded:
+            self._add_expanded(y, x[rows], prepared, first, rows)
+
+    def _add_expanded(
+        self, y: torch.Tensor, x: torch.Tensor, prepared: NativeFactors, first: int, rows: torch.Tensor
+    ) -> None:
+        """y[rows] += the factors from `first` on, as dense low-rank pairs; x [t, n] is what belongs to the rows.
+
+        In bf16 where the CPU multiplies it (x . V is rounded to bf16 then, as between two layers), else in fp32.
+        """
+        dtype = torch.bfloat16 if self.choice.dense_bf16 and y.dtype is torch.bfloat16 else torch.float32
+        for i in range(first, len(prepared.factors)):
+            factor = prepared.factors[i]
+            coef = torch.from_numpy(factor.coef)
+            v = self.expand(prepared, i, 0, dtype)
+            if factor.identity_u:
+                added = (x * coef).to(dtype) @ v.T
+            else:
+                z = (x.to(dtype) @ v.T).float() * coef
+                added = z.to(dtype) @ self.expand(prepared, i, 1, dtype)
+            part = y[:, factor.out_offset : factor.out_offset + factor.out_features]
+            part.index_copy_(0, rows, (part[rows].float() + added).to(y.dtype))
+
+    def expand(self, prepared: NativeFactors, index: int, side: int, dtype: torch.dtype) -> torch.Tensor:
+        """Side 0 (V^T [r, n]) or 1 (U^T [r, m]) of one factor as a dense matrix, fp32 or bf16."""
+        factor = prepared.factors[index]
+        rows = factor.out_features if side else factor.in_features
+        dense = torch.zeros(factor.rank, rows, dtype=dtype)
+        at = prepared.address + index * ctypes.sizeof(FactorStruct)
+        self.kernel.library.dw_dense(at, side, 1, rows, dense.data_ptr(), dtype is torch.bfloat16)
+        return dense
+
+
+def _side_struct(side: Side | None) -> SideStruct:
+    if side is None:
+        return SideStruct(None, None, None)
+    return SideStruct(side.values.ctypes.data, side.index.ctypes.data, side.columns.ctypes.data)

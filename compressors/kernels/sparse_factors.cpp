@@ -1,256 +1,216 @@
-// Adds sparse low-rank deltas to the output of a linear layer, in place:
+// Adds sparse low-rank deltas to the output of a linear layer, in place (see factors.h for the form of a delta):
+// every part of a fused linear and every delta of the step, in one call.
 //
-//     y[row, offset : offset + out] += sum_k coef[k] * (x[row, :] . v[:, k]) * u[:, k]
-//
-// for every part of a fused linear and every delta of the step, in one call. Only kept entries of u and v are stored, column after
-// column. An entry is either one 32-bit word (bf16 value in the high half, 16-bit row in the low half) or a {float, uint32} pair.
-//
-// A task is one delta on one part for at most LANES rows of the batch. The rows of a task are held transposed ([feature][lane]),
-// so that one pass over the entries serves all of them: an entry costs the same for 1 row as for LANES rows.
-//
-// No torch header is used: the library is built by the system's compiler in a second and outlives torch upgrades.
+// The call is cut into tasks: at most FEW rows of one delta on one part and a range of its columns, or a run of blocks of LANES rows
+// of one delta on all parts. How columns are cut depends on the factor alone, so a row's sums do not depend on the batch it is in.
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdint>
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define DW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DW_CLONES
-#endif
-#define DW_INLINE static inline __attribute__((always_inline))
-
-extern "C" {
-
-struct dw_factor {            // one delta on one part of a linear; mirrored by ctypes in native.py
-    int32_t rank, out_features, in_features, out_offset;
-    int32_t packed;           // 1: 32-bit words, 0: {float, uint32} pairs
-    int32_t reserved;
-    const float* coef;        // [rank]
-    const int64_t* v_start;   // [rank + 1] offsets into v_entries
-    const int64_t* u_start;   // [rank + 1]
-    const void* v_entries;
-    const void* u_entries;
-};
-
-struct dw_group {             // the rows of the batch that use one delta
-    const dw_factor* factors; // one per part that the delta touches
-    int64_t num_factors;
-    const int64_t* rows;      // row numbers in x and y
-    int64_t num_rows;
-};
-
-}  // extern "C"
+#include "factors.h"
 
 namespace {
 
-constexpr int LANES = 8;  // one AVX register of floats
+constexpr int64_t ENTRIES_OF_A_PART = 1 << 16;  // of one factor, in one task: about 40 microseconds
+constexpr int64_t MAX_PARTS = 8;
+constexpr int64_t ALONE = 1 << 16;  // entry-rows (about 25 microseconds) below which a call is not worth a second thread
 
-struct Packed {
-    uint32_t word;
-    uint32_t row() const { return word & 0xFFFFu; }
-    float value() const {
-        const uint32_t bits = word & 0xFFFF0000u;
-        float result;
-        std::memcpy(&result, &bits, 4);
-        return result;
-    }
-};
+// OpenMP's entry point, in whichever runtime torch has loaded: a second runtime would bring a second team of threads.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Team team = nullptr;
 
-struct Wide {
-    float number;
-    uint32_t index;
-    uint32_t row() const { return index; }
-    float value() const { return number; }
-};
-
-struct Bf16 {
-    uint16_t bits;
-};
-
-DW_INLINE float load(const float* p) { return *p; }
-DW_INLINE float load(const Bf16* p) {
-    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
-DW_INLINE void store(float* p, float value) { *p = value; }
-DW_INLINE void store(Bf16* p, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) {
-        p->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);  // keep a NaN a NaN
-    } else {
-        p->bits = static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-    }
-}
-
-// One row: four partial sums hide the latency of the dependent additions.
-template <typename Entry>
-DW_INLINE void apply_one(const dw_factor& f, const float* __restrict x, float* __restrict acc) {
-    const Entry* v = static_cast<const Entry*>(f.v_entries);
-    const Entry* u = static_cast<const Entry*>(f.u_entries);
-    for (int32_t k = 0; k < f.rank; ++k) {
-        float sum[4] = {0, 0, 0, 0};
-        int64_t i = f.v_start[k];
-        const int64_t v_end = f.v_start[k + 1];
-        for (; i + 4 <= v_end; i += 4)
-            for (int j = 0; j < 4; ++j) sum[j] += v[i + j].value() * x[v[i + j].row()];
-        for (; i < v_end; ++i) sum[0] += v[i].value() * x[v[i].row()];
-        const float z = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * f.coef[k];
-        int64_t o = f.u_start[k];
-        const int64_t u_end = f.u_start[k + 1];
-        for (; o + 4 <= u_end; o += 4) {  // rows of one column differ, so the four updates are independent
-            float updated[4];
-            for (int j = 0; j < 4; ++j) updated[j] = acc[u[o + j].row()] + u[o + j].value() * z;
-            for (int j = 0; j < 4; ++j) acc[u[o + j].row()] = updated[j];
+class Scratch {  // grows, never shrinks; one for each thread and use
+public:
+    float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+    void* bytes(size_t count) {
+        if (count > size_) {
+            size_ = (count + 63) / 64 * 64;
+            memory_.reset(std::aligned_alloc(64, size_));
+            if (!memory_) std::abort();
         }
-        for (; o < u_end; ++o) acc[u[o].row()] += u[o].value() * z;
+        return memory_.get();
     }
+
+private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    size_t size_ = 0;
+};
+
+int parts_of(const dw_factor& f) {
+    const int64_t parts = std::clamp<int64_t>(f.entries / ENTRIES_OF_A_PART, 1, MAX_PARTS);
+    return static_cast<int>(std::min<int64_t>(parts, f.rank));
 }
 
-// W floats that the compiler keeps in the widest registers of the clone it compiles for.
-template <int W>
-using Lanes [[gnu::vector_size(W * sizeof(float)), gnu::aligned(4), gnu::may_alias]] = float;
-
-// Up to W rows at once: x and acc are [feature][W].
-template <typename Entry, int W>
-DW_INLINE void apply_lanes(const dw_factor& f, const float* x, float* acc) {
-    using Vec = Lanes<W>;
-    const Entry* v = static_cast<const Entry*>(f.v_entries);
-    const Entry* u = static_cast<const Entry*>(f.u_entries);
-    const Vec* xs = reinterpret_cast<const Vec*>(x);
-    Vec* ys = reinterpret_cast<Vec*>(acc);
-    for (int32_t k = 0; k < f.rank; ++k) {
-        Vec even = {}, odd = {};
-        int64_t i = f.v_start[k];
-        const int64_t v_end = f.v_start[k + 1];
-        for (; i + 2 <= v_end; i += 2) {
-            even += xs[v[i].row()] * v[i].value();
-            odd += xs[v[i + 1].row()] * v[i + 1].value();
-        }
-        if (i < v_end) even += xs[v[i].row()] * v[i].value();
-        const Vec z = (even + odd) * f.coef[k];
-        for (int64_t o = f.u_start[k]; o < f.u_start[k + 1]; ++o) ys[u[o].row()] += z * u[o].value();
-    }
-}
-
-struct Task {
+struct Unit {  // one factor for a few rows, in `parts` tasks whose sums the last one adds up
     const dw_factor* factor;
     const int64_t* rows;
-    int num_rows;
+    int num_rows, parts;
+    size_t acc_at;  // floats into the shared scratch; parts > 1 only
+    size_t open;    // index of its counter of open tasks
 };
 
-struct Matrices {
-    const void* x;
-    void* y;
-    int64_t x_stride, y_stride;
+struct Task {
+    int64_t unit;  // < 0: many rows
+    int part;
+    const dw_group* group;  // many rows only, as what follows
+    size_t first_factor, num_factors;  // of Call::many
+    int64_t first_row, last_row;
 };
 
-template <typename Scalar, int W>
-DW_INLINE void run_lanes(const Task& task, const Matrices& io, float* x, float* acc) {
-    const dw_factor& f = *task.factor;
-    const Scalar* source = static_cast<const Scalar*>(io.x);
-    Scalar* target = static_cast<Scalar*>(io.y) + f.out_offset;
-    if (W > task.num_rows) std::memset(x, 0, sizeof(float) * W * f.in_features);
-    for (int t = 0; t < task.num_rows; ++t) {
-        const Scalar* row = source + task.rows[t] * io.x_stride;
-        for (int32_t i = 0; i < f.in_features; ++i) x[static_cast<size_t>(i) * W + t] = load(row + i);
+struct Call {
+    const Level* level;
+    Matrices io;
+    std::vector<Unit> units;
+    std::vector<Task> tasks;
+    std::vector<const dw_factor*> many;  // the factors of many-row tasks
+    std::unique_ptr<std::atomic<int>[]> open;
+    size_t num_open;
+    float* shared;
+    std::atomic<int64_t> next;
+};
+
+void run_few(Call& call, const Unit& unit, int part) {
+    static thread_local Scratch x_scratch, acc_scratch;
+    const dw_factor& f = *unit.factor;
+    const size_t acc_size = unit.num_rows * padded(f.out_features);
+    float* x = x_scratch.floats(unit.num_rows * padded(f.in_features));
+    float* acc = unit.parts == 1 ? acc_scratch.floats(acc_size) : call.shared + unit.acc_at + part * acc_size;
+    const int64_t rank = f.rank;
+    const int first = static_cast<int>(rank * part / unit.parts), last = static_cast<int>(rank * (part + 1) / unit.parts);
+    call.level->few(f, call.io, unit.rows, unit.num_rows, first, last, x, acc);
+    if (unit.parts == 1) call.level->add(f, call.io, unit.rows, unit.num_rows, acc, 1);
+    else if (call.open[unit.open].fetch_sub(1) == 1)
+        call.level->add(f, call.io, unit.rows, unit.num_rows, call.shared + unit.acc_at, unit.parts);
+}
+
+void run_many(Call& call, const Task& task) {
+    static thread_local Scratch x_scratch, acc_scratch, entry_scratch;
+    static thread_local std::vector<const void*> decoded;
+    const dw_factor* const* factors = call.many.data() + task.first_factor;
+    size_t x_size = 0, acc_size = 0, entry_bytes = 0;
+    for (size_t p = 0; p < task.num_factors; ++p) {
+        x_size = std::max(x_size, static_cast<size_t>(LANES) * factors[p]->in_features);
+        acc_size = std::max(acc_size, static_cast<size_t>(LANES) * factors[p]->out_features);
+        entry_bytes += 8 * static_cast<size_t>(factors[p]->entries);
     }
-    std::memset(acc, 0, sizeof(float) * W * f.out_features);
-    if constexpr (W == 1) {
-        if (f.packed) apply_one<Packed>(f, x, acc); else apply_one<Wide>(f, x, acc);
-    } else {
-        if (f.packed) apply_lanes<Packed, W>(f, x, acc); else apply_lanes<Wide, W>(f, x, acc);
+    char* entries = static_cast<char*>(entry_scratch.bytes(entry_bytes));
+    decoded.clear();
+    for (size_t p = 0; p < task.num_factors; ++p) {
+        decode(*factors[p], entries);
+        decoded.push_back(entries);
+        entries += 8 * factors[p]->entries;
     }
-    for (int t = 0; t < task.num_rows; ++t) {
-        Scalar* row = target + task.rows[t] * io.y_stride;
-        for (int32_t i = 0; i < f.out_features; ++i) store(row + i, load(row + i) + acc[static_cast<size_t>(i) * W + t]);
+    float *x = x_scratch.floats(x_size), *acc = acc_scratch.floats(acc_size);
+    for (int64_t row = task.first_row; row < task.last_row; row += LANES) {
+        const int count = static_cast<int>(std::min<int64_t>(LANES, task.last_row - row));
+        call.level->many(factors, task.num_factors, decoded.data(), call.io, task.group->rows + row, count, x, acc);
     }
 }
 
-template <typename Scalar>
-DW_INLINE void run_typed(const Task& task, const Matrices& io, float* scratch) {
-    float* x = scratch;
-    float* acc = scratch + static_cast<size_t>(LANES) * task.factor->in_features;
-    if (task.num_rows == 1) run_lanes<Scalar, 1>(task, io, x, acc);
-    else if (task.num_rows <= 4) run_lanes<Scalar, 4>(task, io, x, acc);
-    else run_lanes<Scalar, LANES>(task, io, x, acc);
+void work(void* data) {
+    Call& call = *static_cast<Call*>(data);
+    for (;;) {
+        const int64_t i = call.next.fetch_add(1);
+        if (i >= static_cast<int64_t>(call.tasks.size())) return;
+        const Task& task = call.tasks[i];
+        if (task.unit >= 0) run_few(call, call.units[task.unit], task.part);
+        else run_many(call, task);
+    }
 }
 
-DW_CLONES void run_float(const Task& task, const Matrices& io, float* scratch) { run_typed<float>(task, io, scratch); }
-DW_CLONES void run_bf16(const Task& task, const Matrices& io, float* scratch) { run_typed<Bf16>(task, io, scratch); }
+// The tasks of one factor for few rows.
+void cut_few(Call& call, const dw_factor& f, const dw_group& group, size_t& acc_at) {
+    const int parts = parts_of(f);
+    for (int64_t row = 0; row < group.num_rows; row += FEW) {
+        const int count = static_cast<int>(std::min<int64_t>(FEW, group.num_rows - row));
+        for (int part = 0; part < parts; ++part) call.tasks.push_back({static_cast<int64_t>(call.units.size()), part, nullptr, 0, 0, 0, 0});
+        call.units.push_back({&f, group.rows + row, count, parts, acc_at, call.num_open});
+        if (parts > 1) {
+            acc_at += parts * count * padded(f.out_features);
+            ++call.num_open;
+        }
+    }
+}
 
-struct Ranked {
-    uint64_t hash;
-    int32_t row;
-    bool operator<(const Ranked& other) const { return hash != other.hash ? hash < other.hash : row < other.row; }
-};
+// Cuts a call into tasks; returns the entry-rows that they are worth.
+int64_t cut(Call& call, const dw_group* groups, int64_t num_groups, int64_t threads) {
+    int64_t worth = 0;
+    size_t acc_at = 0;
+    for (const dw_group* group = groups; group != groups + num_groups; ++group) {
+        const size_t first = call.many.size();
+        for (int64_t p = 0; p < group->num_factors; ++p) {
+            const dw_factor& f = group->factors[p];
+            worth += f.entries * group->num_rows;
+            if (group->num_rows <= f.few_rows) cut_few(call, f, *group, acc_at);
+            else call.many.push_back(&f);
+        }
+        const size_t count = call.many.size() - first;
+        const int64_t blocks = (group->num_rows + LANES - 1) / LANES, runs = count ? std::min(blocks, threads) : 0;
+        for (int64_t r = 0; r < runs; ++r) {
+            const int64_t last = std::min(group->num_rows, blocks * (r + 1) / runs * LANES);
+            call.tasks.push_back({-1, 0, group, first, count, blocks * r / runs * LANES, last});
+        }
+    }
+    if (call.num_open) {
+        static thread_local Scratch shared;
+        call.shared = shared.floats(acc_at);
+        call.open = std::make_unique<std::atomic<int>[]>(call.num_open);
+        for (const Unit& unit : call.units)
+            if (unit.parts > 1) call.open[unit.open] = unit.parts;
+    }
+    return worth;
+}
 
-uint64_t mix(uint64_t z) {
-    z ^= z >> 30;
-    z *= 0xBF58476D1CE4E5B9ull;
-    z ^= z >> 27;
-    z *= 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    return z;
+const Level* level_of(int32_t level) {
+#if defined(DW_X86)
+    if (level == 2) return &avx512_level;
+    if (level == 1) return &avx2_level;
+#endif
+    return &portable_level;
 }
 
 }  // namespace
 
 extern "C" {
 
-// x [*, in], y [*, out_total]; strides in elements; bf16 != 0 for bfloat16, else float32.
-void dw_apply(const dw_group* groups, int64_t num_groups, const void* x, int64_t x_stride, void* y, int64_t y_stride, int32_t bf16,
-              int32_t num_threads) {
-    std::vector<Task> tasks;
-    size_t scratch_floats = 0;
-    for (int64_t g = 0; g < num_groups; ++g) {
-        const dw_group& group = groups[g];
-        for (int64_t p = 0; p < group.num_factors; ++p) {
-            const dw_factor& f = group.factors[p];
-            const size_t need = static_cast<size_t>(LANES) * (static_cast<size_t>(f.in_features) + f.out_features);
-            if (need > scratch_floats) scratch_floats = need;
-            for (int64_t first = 0; first < group.num_rows; first += LANES) {
-                const int64_t left = group.num_rows - first;
-                tasks.push_back({&f, group.rows + first, static_cast<int>(left < LANES ? left : LANES)});
-            }
-        }
-    }
-    const Matrices io = {x, y, x_stride, y_stride};
-    const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_tasks > 1)
-    {
-        static thread_local std::vector<float> scratch;
-        if (scratch.size() < scratch_floats) scratch.resize(scratch_floats);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_tasks; ++i) {
-            if (bf16) run_bf16(tasks[i], io, scratch.data());
-            else run_float(tasks[i], io, scratch.data());
-        }
-    }
+// The best level of this CPU: 2 AVX-512 (F, BW, VL, DQ), 1 AVX2 with FMA, 0 any.
+DW_API int32_t dw_best_level() {
+#if defined(DW_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt")) return 1;
+#endif
+    return 0;
 }
 
-// The seeded masks of one factor (see compressors/masks.py for the definition): for every column the `keep` rows with the
-// smallest (hash, row), ascending. keys [num_columns], keep [num_columns]; rows_out holds sum(keep) row numbers.
-void dw_kept_rows(const uint64_t* keys, const int32_t* keep, int64_t num_columns, int64_t num_rows, int32_t* rows_out) {
-    std::vector<Ranked> ranked(static_cast<size_t>(num_rows));
-    for (int64_t k = 0; k < num_columns; ++k) {
-        if (keep[k] == num_rows) {
-            for (int64_t j = 0; j < num_rows; ++j) rows_out[j] = static_cast<int32_t>(j);
-        } else {
-            for (int64_t j = 0; j < num_rows; ++j)
-                ranked[j] = {mix(keys[k] + static_cast<uint64_t>(j + 1) * 0x9E3779B97F4A7C15ull), static_cast<int32_t>(j)};
-            std::nth_element(ranked.begin(), ranked.begin() + keep[k] - 1, ranked.end());
-            for (int32_t j = 0; j < keep[k]; ++j) rows_out[j] = ranked[j].row;
-            std::sort(rows_out, rows_out + keep[k]);
-        }
-        rows_out += keep[k];
-    }
+// GOMP_parallel of the OpenMP runtime to share, or null to stay on the calling thread.
+DW_API void dw_share_team(void* gomp_parallel) { team = reinterpret_cast<Team>(gomp_parallel); }
+
+// x [*, in], y [*, out_total]; strides in elements; bf16 != 0 for bfloat16, else float32.
+DW_API void dw_apply(const dw_group* groups, int64_t num_groups, const void* x, int64_t x_stride, void* y, int64_t y_stride, int32_t bf16,
+              int32_t num_threads, int32_t level) {
+    static thread_local Call call;  // its vectors keep their memory from call to call
+    call.level = level_of(level);
+    call.io = {x, y, x_stride, y_stride, bf16};
+    call.units.clear();
+    call.tasks.clear();
+    call.many.clear();
+    call.num_open = 0;
+    call.next = 0;
+    const int64_t threads = team ? std::max(num_threads, 1) : 1;
+    const int64_t worth = cut(call, groups, num_groups, threads);
+    const int64_t used = std::min<int64_t>(threads, call.tasks.size());
+    if (used > 1 && worth > ALONE) team(work, &call, static_cast<unsigned>(used), 0);
+    else work(&call);
 }
 
 }  // extern "C"

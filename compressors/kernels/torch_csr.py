@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressors.execution import SparseFactor
+from compressors.kernels.forms import positions_and_values
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class TorchCsr:
         """Bytes that `prepared` holds."""
         return sum(factor.nbytes for factor in prepared)
 
+    def describe(self, prepared: Iterable[tuple[CsrFactor, ...]]) -> str:
+        """The forms that a delta was put into: for the log, once at load."""
+        return f"{sum(len(factors) for factors in prepared)} tensors as fp32 CSR"
+
     def group(
         self, parts: Sequence[tuple[tuple[CsrFactor, ...], npt.NDArray[np.int64]]]
     ) -> list[tuple[tuple[CsrFactor, ...], torch.Tensor]]:
@@ -63,8 +67,8 @@ class TorchCsr:
                 y[rows, factor.out_offset : end] = (y[rows, factor.out_offset : end].float() + added).to(y.dtype)
 
     def _csr(self, factor: SparseFactor) -> CsrFactor:
-        v_rows, v_values = _entries(factor.v_entries)
-        u_rows, u_values = _entries(factor.u_entries)
+        v_rows, v_values = positions_and_values(factor.v_entries)
+        u_rows, u_values = positions_and_values(factor.u_entries)
         column = np.repeat(np.arange(factor.rank), np.diff(factor.u_start))
         order = np.argsort(u_rows, kind="stable")
         u_start = np.concatenate([[0], np.cumsum(np.bincount(u_rows, minlength=factor.out_features))])
@@ -74,15 +78,6 @@ class TorchCsr:
         index_bytes = 4 * (len(v_rows) + len(u_rows) + factor.rank + factor.out_features + 2)
         nbytes = v_values.nbytes + u_values.nbytes + index_bytes
         return CsrFactor(factor.out_offset, vt.to(self.device), u.to(self.device), nbytes)
-
-
-def _entries(
-    entries: npt.NDArray[Any],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    if entries.dtype == np.uint32:
-        words = entries.astype(np.uint32)
-        return (words & 0xFFFF).astype(np.int64), (words & np.uint32(0xFFFF0000)).view(np.float32)
-    return entries["row"].astype(np.int64), entries["value"].copy()
 
 
 def _csr_tensor(

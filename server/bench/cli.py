@@ -23,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     steer.add_argument("--direction", default="use_context", help="(default: %(default)s)")
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
     steer.set_defaults(run=_steer)
+    _add_kernel(actions)
     _add_gate(actions)
     _add_compress(actions)
     parsers = actions.add_parser("parsers", help="tool-call parsers on the cases of the Berkeley leaderboard")
@@ -32,6 +33,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parsers.add_argument("--limit", type=int, help="cases of a category (default: all)")
     parsers.add_argument("--json", type=Path, help="also write the rows to this file")
     parsers.set_defaults(run=_parsers)
+
+
+def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernel = actions.add_parser(
+        "kernel", help="one tensor's delta in every form, by rows and density, against the base"
+    )
+    kernel.add_argument("--out-features", type=int, default=1536, help="of the weight (default: %(default)s)")
+    kernel.add_argument("--in-features", type=int, default=576, help="of the weight (default: %(default)s)")
+    kernel.add_argument("--ratio", type=float, default=32.0, help="bf16 weight to int8 values (default: %(default)g)")
+    kernel.add_argument(
+        "--density", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5, 1.0], help="of columns (default: .1 to 1)"
+    )
+    kernel.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64, 512], help="of one delta (default: 1 to 512)"
+    )
+    kernel.add_argument("--level", choices=("portable", "avx2", "avx512"), help="(default: the best of this CPU)")
+    kernel.add_argument("--json", type=Path, help="also write the rows to this file")
+    kernel.set_defaults(run=_kernel)
 
 
 def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -108,6 +127,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _steer(args: argparse.Namespace) -> int:
     from server.bench.steer import run
+
+    return run(args)
+
+
+def _kernel(args: argparse.Namespace) -> int:
+    from server.bench.kernel import run
 
     return run(args)
 

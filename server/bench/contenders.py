@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -28,17 +29,25 @@ PROMPT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Load:
-    """A closed batch: one row per entry of `adapters`, all started together, all of the same length."""
+    """A closed batch: one row per entry of `adapters`, all started together, all of the same length.
+
+    What counts is the tokens that are generated; for a single one, those of the prompt (a measure of prefill).
+    """
 
     adapters: tuple[Any, ...]
     max_tokens: int
     edit: EngineEdit | None = None  # of every row; only our engine knows edits
+    prompt_tokens: int = PROMPT_TOKENS
+
+    @property
+    def tokens(self) -> int:
+        return len(self.adapters) * (self.max_tokens if self.max_tokens > 1 else self.prompt_tokens)
 
 
-def _prompt(row: int, seed: int) -> list[int]:
+def _prompt(row: int, seed: int, count: int) -> list[int]:
     """Rows never share a prefix, so the prefix cache does not enter the figures."""
     generator = np.random.default_rng((seed, row))
-    tokens: list[int] = generator.integers(1000, 40_000, PROMPT_TOKENS).tolist()
+    tokens: list[int] = generator.integers(1000, 40_000, count).tolist()
     return tokens
 
 
@@ -46,14 +55,15 @@ async def _timed(load: Load, row: Callable[[int, Any, Load], Awaitable[None]]) -
     """Run all rows of a load at once; tokens per second over the whole batch."""
     started = time.perf_counter()
     await asyncio.gather(*(row(i, adapter, load) for i, adapter in enumerate(load.adapters)))
-    return len(load.adapters) * load.max_tokens / (time.perf_counter() - started)
+    return load.tokens / (time.perf_counter() - started)
 
 
 class Ours:
     """Our engine with `deltas` resident; an adapter of a Load is an EngineDelta, or None for the base."""
 
-    def __init__(self, engine: VLLMEngine) -> None:
+    def __init__(self, engine: VLLMEngine, delta_bytes: Sequence[int]) -> None:
         self.engine = engine
+        self.delta_bytes = delta_bytes  # in execution form
         self._runs = 0
 
     async def tokens_per_s(self, load: Load) -> float:
@@ -62,7 +72,9 @@ class Ours:
 
     async def _row(self, row: int, delta: EngineDelta | None, load: Load) -> None:
         sampling = Sampling(max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True)
-        stream = self.engine.generate(f"{self._runs}-{row}", _prompt(row, self._runs), sampling, delta, None, load.edit)
+        stream = self.engine.generate(
+            f"{self._runs}-{row}", _prompt(row, self._runs, load.prompt_tokens), sampling, delta, None, load.edit
+        )
         async with aclosing(stream):
             async for _ in stream:
                 pass
@@ -86,7 +98,7 @@ class Stock:
         sampling = SamplingParams(
             max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
         )
-        prompt = TokensPrompt(prompt_token_ids=_prompt(row, self._runs))
+        prompt = TokensPrompt(prompt_token_ids=_prompt(row, self._runs, load.prompt_tokens))
         stream = self._llm.generate(prompt, sampling, f"{self._runs}-{row}", lora_request=adapter)
         async with aclosing(stream):
             async for _ in stream:
@@ -98,11 +110,20 @@ async def ours(base: Path, settings: EngineSettings, deltas: Sequence[EngineDelt
     engine = VLLMEngine(base, settings)
     try:
         await engine.start()
-        for delta in deltas:
-            await engine.load(delta)
-        yield Ours(engine)
+        yield Ours(engine, [await engine.load(delta) for delta in deltas])
     finally:
         await engine.stop()
+
+
+def base_bytes(base: Path, dtype: str) -> int:
+    """Bytes of the base's weights, all of which a decode step reads (an embedding that is tied is the head)."""
+    from safetensors import safe_open
+
+    numbers = 0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, "np") as weights:
+            numbers += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return numbers * (4 if dtype == "float32" else 2)
 
 
 @asynccontextmanager

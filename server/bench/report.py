@@ -15,13 +15,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row. `ratio` is value / rival's value, `ratio_to` names the rival; both None where nothing is compared."""
+    """One row. `ratio` is value / rival's value, `ratio_to` names the rival; both None where nothing is compared.
+
+    `bound` is the ratio that the bytes read from memory would allow, were nothing else in the way.
+    """
 
     name: str
     value: float
     unit: str
     ratio: float | None = None
     ratio_to: str | None = None
+    bound: float | None = None
 
 
 def command() -> str:
@@ -66,10 +70,12 @@ def print_report(machine_facts: dict[str, str], rows: Sequence[Measurement]) -> 
     print(f"{'':{width}}  {'value':>10} {'unit':8} {'ratio':>6}  to")
     for row in rows:
         ratio = f"{row.ratio:6.2f}  {row.ratio_to}" if row.ratio is not None else ""
+        if row.bound is not None:
+            ratio += f" (bound by bytes: {row.bound:.2f})"
         print(f"{row.name:{width}}  {row.value:>10.2f} {row.unit:8} {ratio}")
 
 
 def write_json(path: Path, machine_facts: dict[str, str], rows: Sequence[Measurement]) -> None:
-    """{"machine": {...}, "rows": [{name, value, unit, ratio, ratio_to, command}]}."""
+    """{"machine": {...}, "rows": [{name, value, unit, ratio, ratio_to, bound, command}]}."""
     document = {"machine": machine_facts, "rows": [asdict(row) | {"command": command()} for row in rows]}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

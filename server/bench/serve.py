@@ -18,7 +18,7 @@ from compressors.base import resolve_base
 from compressors.errors import DeltaError
 from compressors.writer import ArtifactWriter
 from server.bench.cold import cold_times
-from server.bench.contenders import LORA_RANK, Load, bare, ours, stock_lora
+from server.bench.contenders import LORA_RANK, Load, bare, base_bytes, ours, stock_lora
 from server.bench.report import Measurement, machine, print_report, write_json
 from server.child import ChildError
 from server.config import EngineSettings
@@ -26,6 +26,7 @@ from server.engine.base import EngineDelta
 
 BATCH = 8
 DISTINCT = (1, 2, 4, 8)
+PREFILL = 512  # tokens of a prompt whose first token is timed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,10 +99,13 @@ async def _throughput(
             "bare vLLM, batch 1": lambda: plain.tokens_per_s(load(None)),
             "base only, batch 1": lambda: plane.tokens_per_s(load(None)),
             "one delta, batch 1": lambda: plane.tokens_per_s(load(deltas[0])),
+            f"base only, prefill of {PREFILL}": lambda: plane.tokens_per_s(Load((None,), 1, None, PREFILL)),
+            f"one delta, prefill of {PREFILL}": lambda: plane.tokens_per_s(Load((deltas[0],), 1, None, PREFILL)),
             "stock LoRA engine, base only, batch 8": lambda: lora.tokens_per_s(load(*[None] * BATCH)),
             f"stock LoRA rank {LORA_RANK}, 8 adapters, batch 8": lambda: lora.tokens_per_s(load(*adapters)),
         }
-        return _rows(await interleaved(cases, args.repeats))
+        found = await interleaved(cases, args.repeats)
+        return _rows(found, base_bytes(base, args.dtype), statistics.mean(plane.delta_bytes))
 
 
 async def interleaved(cases: dict[str, Callable[[], Awaitable[float]]], repeats: int) -> dict[str, float]:
@@ -119,17 +123,21 @@ async def interleaved(cases: dict[str, Callable[[], Awaitable[float]]], repeats:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def _rows(found: dict[str, float]) -> list[Measurement]:
+def _rows(found: dict[str, float], base_size: float, delta_size: float) -> list[Measurement]:
     rivals = {
         "base only, batch 8": "bare vLLM, batch 8",
         **{f"{n} distinct deltas, batch 8": "base only, batch 8" for n in DISTINCT},
         "base only, batch 1": "bare vLLM, batch 1",
         "one delta, batch 1": "base only, batch 1",
+        f"one delta, prefill of {PREFILL}": f"base only, prefill of {PREFILL}",
         "stock LoRA engine, base only, batch 8": "bare vLLM, batch 8",
         f"stock LoRA rank {LORA_RANK}, 8 adapters, batch 8": "stock LoRA engine, base only, batch 8",
     }
+    distinct = {f"{n} distinct deltas, batch 8": n for n in DISTINCT} | {"one delta, batch 1": 1}
+    bounds = {name: base_size / (base_size + n * delta_size) for name, n in distinct.items()}
     rows = []
     for name, value in found.items():
         rival = rivals.get(name)
-        rows.append(Measurement(name, value, "tok/s", value / found[rival] if rival else None, rival))
-    return rows
+        ratio = value / found[rival] if rival else None
+        rows.append(Measurement(name, value, "tok/s", ratio, rival, bounds.get(name)))
+    return [*rows, Measurement("delta in memory", delta_size / 1e6, "MB", delta_size / base_size, "the base's weights")]

@@ -1,4 +1,4 @@
-"""The size told from the header is the size that the kernels then hold, and a loaded delta holds nothing of its file."""
+"""The size told from the header is no less than what the kernels then hold, and a loaded delta holds nothing of its file."""
 
 from pathlib import Path
 
@@ -46,11 +46,16 @@ def held(form, artifact: Artifact) -> int:
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda c: f"{c.method}-{getattr(c, 'value_dtype', '')}")
-def test_every_method_is_measured_exactly(checkpoint, tmp_path: Path, config):
+def test_every_method_is_measured(checkpoint, tmp_path: Path, config):
     path = tmp_path / "delta.safetensors"
     compress(checkpoint("base", base_tensors()), checkpoint("tuned", tuned_tensors()), path, config)
     with Artifact.open(path) as artifact:
-        assert execution_nbytes(path) == held(NativeSparse(NativeKernel.load(), 1), artifact)
+        kernel = NativeKernel.load()
+        for level in range(kernel.level + 1):
+            true = held(NativeSparse(kernel, 1, level), artifact)
+            assert (
+                true <= execution_nbytes(path) < 4 * true
+            )  # small matrices are mostly what is kept beside the entries
         assert execution_nbytes(path, "csr") == held(TorchCsr(torch.device("cpu")), artifact)
 
 
@@ -62,7 +67,8 @@ def test_a_whole_fine_tune_is_measured_to_the_bytes_of_its_outside(checkpoint, t
     compress(checkpoint("base", base_tensors()), checkpoint("tuned", tuned), path, ImPartConfig(ratio=4.0))
     with Artifact.open(path) as artifact:
         table = sum(part.nbytes for part in changed_rows(artifact, "model.embed_tokens.weight") if part is not None)
-        assert execution_nbytes(path) == held(form, artifact) + table  # the head repeats the table
+        assert held(form, artifact) + table <= execution_nbytes(path)  # the head repeats the table
+        assert execution_nbytes(path, "csr") == held(TorchCsr(torch.device("cpu")), artifact) + table
 
 
 def test_what_is_loaded_does_not_view_the_file(checkpoint, tmp_path: Path):

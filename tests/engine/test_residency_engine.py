@@ -102,7 +102,7 @@ def test_zipf_over_forty_with_room_for_four(runner: Runner, deltas: list[EngineD
     print(f"loads from disk and RAM {loads}, budget {budget}, RSS after each round {rss}")
     assert rss[-1] - rss[1] < 8 * MIB  # a load that stays is 0.2 MB, and there are about 60 a round
     for resident in pool.residents():
-        assert resident.nbytes == execution_nbytes(Path(resident.item.path))
+        assert 0 < resident.nbytes <= execution_nbytes(Path(resident.item.path))
     runner.loop.run_until_complete(pool.drop([delta.digest for delta in deltas], 0))
     runner.loop.run_until_complete(pool.close())
 

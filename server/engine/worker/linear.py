@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,8 +32,15 @@ class Kernel(Protocol):
 
     def nbytes(self, prepared: Any) -> int: ...
 
+    def describe(self, prepared: Iterable[Any]) -> str:
+        """The forms that a delta was put into: for the log, once at load."""
+        ...
+
     def group(self, parts: Sequence[tuple[Any, npt.NDArray[np.int64]]]) -> Any:
-        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta."""
+        """What `apply` needs for the deltas of one step on one linear: (prepared, rows [t]) per delta.
+
+        None when there is nothing to add.
+        """
         ...
 
     def apply(self, y: torch.Tensor, x: torch.Tensor, groups: Any) -> None:
@@ -80,7 +87,8 @@ class DeltaLinear:
                 if i == len(turns):
                     turns.append([])
                 turns[i].append((prepared, rows))
-        return tuple(self.state.kernel.group(parts) for parts in turns)
+        grouped = (self.state.kernel.group(parts) for parts in turns)
+        return tuple(groups for groups in grouped if groups is not None)
 
 
 class DeltaLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's classes are untyped for us

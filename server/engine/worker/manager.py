@@ -91,17 +91,18 @@ class DeltaManager:
         started = time.perf_counter()
         kernel = self._state.kernel
         loaded, outside = self._load(Path(lora_request.lora_path), lora_request.lora_name)
-        nbytes = outside.nbytes
-        for name, factors in loaded.items():
-            prepared = kernel.prepare(factors)
-            nbytes += kernel.nbytes(prepared)
+        ready = {name: kernel.prepare(factors) for name, factors in loaded.items()}
+        nbytes = outside.nbytes + sum(kernel.nbytes(prepared) for prepared in ready.values())
+        for name, prepared in ready.items():
             self._linears[name].resident[adapter] = (prepared,)
         self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
         release_memory()  # what decoding needed
+        took = time.perf_counter() - started
+        logger.info("delta %.12s resident: %d bytes in %.2f s", lora_request.lora_name, nbytes, took)
         logger.info(
-            "delta %.12s resident: %d bytes in %.2f s", lora_request.lora_name, nbytes, time.perf_counter() - started
+            "delta %.12s is applied by %s: %s", lora_request.lora_name, kernel.name, kernel.describe(ready.values())
         )
         return True
 

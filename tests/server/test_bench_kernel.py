@@ -1,0 +1,39 @@
+"""`deltaworks bench kernel` on a small tensor: every form in a table and in the JSON."""
+
+import json
+
+from compressors.kernels import measure
+from server.cli import main
+
+
+def test_every_form_is_measured_against_the_base(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measure, "_SECONDS", 0.0)
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "deltaworks",
+            "bench",
+            "kernel",
+            "--out-features",
+            "48",
+            "--in-features",
+            "32",
+            "--level",
+            "portable",
+            "--density",
+            "0.5",
+            "--rows",
+            "1",
+            "20",
+            "--json",
+            str(tmp_path / "rows.json"),
+        ],
+    )
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "rows of one delta: 20" in printed
+    assert "0.50" in printed
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(rows) == 2 * (2 + 1 + len(measure.FORMS))
+    assert {row["ratio_to"] for row in rows} == {None, measure.BASE}
+    assert all(row["value"] > 0 for row in rows)
