@@ -59,6 +59,11 @@ def engine_rss(runner: Runner) -> int:
     return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
 
 
+def loaded(telemetry: Telemetry, source: str) -> float:
+    labels = {"source": source, "outcome": "ok"}
+    return telemetry.registry.get_sample_value("deltaworks_delta_loads_total", labels) or 0
+
+
 def test_zipf_over_forty_with_room_for_four(runner: Runner, deltas: list[EngineDelta], expected: dict[str, Answer]):
     """Sixteen clients at once. The budget of bytes holds all the time, by the engine's own count."""
     sizes = sorted(execution_nbytes(Path(delta.path)) for delta in deltas)
@@ -84,23 +89,21 @@ def test_zipf_over_forty_with_room_for_four(runner: Runner, deltas: list[EngineD
     async def everyone() -> None:
         await asyncio.gather(*(ask() for _ in range(16)))
 
-    rss = []
+    rss, loads = [], []
     for seed in range(4):
         if seed:
             turns = iter(random.Random(seed).choices(range(REGISTERED), weights, k=120))
         runner.loop.run_until_complete(everyone())
         rss.append(engine_rss(runner))
+        loads.append([loaded(telemetry, source) for source in ("disk", "ram")])
     assert len(seen) == REGISTERED + 160 + 3 * 120
     assert max(engine for engine, _ in seen) <= budget
     assert max(packed for _, packed in seen) <= packed_bytes
-    loads = [
-        telemetry.registry.get_sample_value("deltaworks_delta_loads_total", {"source": source, "outcome": "ok"})
-        for source in ("disk", "ram")
-    ]
-    assert loads[0] >= REGISTERED
-    assert loads[1] > 0
+    assert loads[-1][0] >= REGISTERED
+    assert loads[-1][1] > 0
     print(f"loads from disk and RAM {loads}, budget {budget}, RSS after each round {rss}")
-    assert rss[-1] - rss[1] < 8 * MIB  # a load that stays is 0.2 MB, and there are about 60 a round
+    passed_through = (sum(loads[-1]) - sum(loads[1])) * sizes[0]  # requests alone let vLLM's heap grow somewhat too
+    assert rss[-1] - rss[1] < 0.75 * passed_through
     for resident in pool.residents():
         assert 0 < resident.nbytes <= execution_nbytes(Path(resident.item.path))
     runner.loop.run_until_complete(pool.drop([delta.digest for delta in deltas], 0))

@@ -186,8 +186,9 @@ async def test_a_waiting_request_reads_ahead(make: Any, engine: Loader, delta: A
     pool = make(max_resident=1, max_packed_bytes=1000)
     async with pool.lease(delta("a")):
         waiting = asyncio.create_task(pool.load(delta("b")))
-        while pool.state("b") != ("packed", None):
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(4):
+            while pool.state("b") != ("packed", None):
+                await asyncio.sleep(0.001)
         assert (engine.loads, waiting.done()) == (["a"], False)
     await waiting
     await pool.close()
