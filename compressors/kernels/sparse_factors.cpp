@@ -208,8 +208,8 @@ DW_API void dw_apply(const dw_group* groups, int64_t num_groups, const void* x, 
     call.next = 0;
     const int64_t threads = team ? std::max(num_threads, 1) : 1;
     const int64_t worth = cut(call, groups, num_groups, threads);
-    const int64_t used = std::min<int64_t>(threads, call.tasks.size());
-    if (used > 1 && worth > ALONE) team(work, &call, static_cast<unsigned>(used), 0);
+    // Always the whole team: a runtime ends the threads that a smaller one leaves out, and makes them anew for torch's next call.
+    if (threads > 1 && call.tasks.size() > 1 && worth > ALONE) team(work, &call, static_cast<unsigned>(threads), 0);
     else work(&call);
 }
 

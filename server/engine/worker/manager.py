@@ -76,7 +76,7 @@ class DeltaManager:
         except KernelUnavailableError as error:
             if wanted == "native":
                 raise
-            logger.warning("deltas are served with torch CSR, about half as fast as the C++ kernel: %s", error)
+            logger.warning("deltas are served with torch CSR, several times slower than the C++ kernel: %s", error)
             return TorchCsr(self._device)
         self._masks = native_masks(kernel.kept_rows)
         return NativeSparse(kernel, torch.get_num_threads())
