@@ -32,13 +32,17 @@ _ENTRY_BYTES = {1: 3, 2: 5, 4: 10}
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of one weight's factors: how many entries U and V have together, and the bytes of a value (1, 2 or 4)."""
+    """Size of one weight's factors: how many entries U and V have together, and the bytes of a value (1, 2 or 4).
+
+    `alone`: one of the two is the identity, so that the C++ kernel holds the other one only, row after row of the weight.
+    """
 
     out_features: int
     in_features: int
     rank: int
     entries: int
     width: int
+    alone: bool = False
 
     def nbytes(self, form: Form) -> int:
         """Bytes in memory: exact for torch's CSR, at most for the C++ kernel."""
@@ -46,10 +50,10 @@ class Extent:
             return 8 * self.entries + 4 * (self.rank + self.out_features + 2)
         narrow = max(self.out_features, self.in_features) <= 1 << 16
         width = self.width if narrow else 4  # wider positions do not fit beside a value, which is then fp32
-        columns = max(self.rank, self.out_features)  # a delta without a V is stored row after row
-        side = _SIDE_BYTES + columns * (_COLUMN_BYTES + _PAD * width)
+        columns = self.out_features if self.alone else 2 * self.rank
+        sides = 2 * _SIDE_BYTES + columns * (_COLUMN_BYTES + _PAD * width)
         entry = _ENTRY_BYTES[width] + (0 if narrow else 2)
-        return _FACTOR_STRUCT_BYTES + 4 * max(columns, self.in_features) + 2 * side + entry * self.entries
+        return _FACTOR_STRUCT_BYTES + 4 * max(self.rank, self.in_features) + sides + entry * self.entries
 
 
 def execution_nbytes(path: Path, form: Form = "sparse") -> int:
@@ -82,12 +86,12 @@ def extent(artifact: Artifact, name: str, record: Record) -> Extent:
         return Extent(rows, columns, rank, rank * (rows + columns), width)
     if record.kind == "sparse":  # entries of the delta itself; V is the identity
         count = int(artifact.array(f"{name}::count")[0])
-        return Extent(rows, columns, columns, count + columns, _width(artifact, name, "vals", record))
+        return Extent(rows, columns, columns, count + columns, _width(artifact, name, "vals", record), True)
     if record.kind == "signs":
         one = len(artifact.array(f"{name}::scale")) == 1  # else the identity is U, and has a column a row
-        return Extent(rows, columns, columns if one else rows, rows * columns + (columns if one else rows), 1)
+        return Extent(rows, columns, columns if one else rows, rows * columns + (columns if one else rows), 1, True)
     if record.kind == "raw":
-        return Extent(rows, columns, columns, (rows + 1) * columns, _width(artifact, name, "delta", record))
+        return Extent(rows, columns, columns, (rows + 1) * columns, _width(artifact, name, "delta", record), True)
     raise ArtifactError(f"{name} is stored as {record.kind!r}, which has no factors")
 
 

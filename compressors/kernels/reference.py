@@ -13,8 +13,8 @@ from compressors.factors import Columns
 from compressors.kernels.forms import positions_and_values
 
 
-def dense_delta(factor: SparseFactor) -> torch.Tensor:
-    """sum_k coef[k] * U[:, k] V[:, k]^T as fp32 [m, n]."""
+def dense_factors(factor: SparseFactor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U [m, r] times coef, and V [n, r], in fp32."""
     u, v = (
         Columns(start, *positions_and_values(entries), factor.packed).dense(rows)
         for start, entries, rows in (
@@ -22,7 +22,13 @@ def dense_delta(factor: SparseFactor) -> torch.Tensor:
             (factor.v_start, factor.v_entries, factor.in_features),
         )
     )
-    return torch.from_numpy((u * factor.coef) @ v.T)
+    return torch.from_numpy(u * factor.coef), torch.from_numpy(v)
+
+
+def dense_delta(factor: SparseFactor) -> torch.Tensor:
+    """sum_k coef[k] * U[:, k] V[:, k]^T as fp32 [m, n]."""
+    u, v = dense_factors(factor)
+    return u @ v.T
 
 
 def add_deltas(
