@@ -45,12 +45,6 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=_count,
         help="sampled runs with tools, which only budgets need: 0 saves most of the time (default: k)",
     )
-    parser.add_argument(
-        "--suppress-mode",
-        choices=("drop_tools", "answer_from_draft"),
-        default="drop_tools",
-        help="of the policy to come: without tools means with the kinds that stay, or with none (default: %(default)s)",
-    )
     parser.add_argument("--temperature", type=float, default=0.7, help="of these (default: %(default)g)")
     parser.add_argument("--answer-tokens", type=_positive, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--max-rounds", type=_positive, default=6, help="of a run with tools (default: %(default)s)")
@@ -131,7 +125,6 @@ def _asking(args: argparse.Namespace) -> Asking:
         model=args.model,
         k=args.k,
         k_with=args.k_with,
-        drops=args.suppress_mode == "drop_tools",
         temperature=args.temperature,
         answer_tokens=args.answer_tokens,
         max_rounds=args.max_rounds,

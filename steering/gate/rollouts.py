@@ -52,15 +52,12 @@ class Pointers:
 class Asking:
     """`k` sampled answers without tools and `k_with` (None: as many) with them, each next to a greedy one.
 
-    A policy needs the greedy run with tools only; sampled ones say how many calls an answer takes. `drops`: without tools means
-    with those that are left when the gateable ones are dropped; else, for a gate that answers from its draft, with none.
-    `extra` goes into every request.
+    A policy needs the greedy run with tools only; sampled ones say how many calls an answer takes. `extra` goes into every request.
     """
 
     model: str
     k: int = 8
     k_with: int | None = None
-    drops: bool = True
     temperature: float = 0.7
     answer_tokens: int = 256
     max_rounds: int = 6
@@ -96,7 +93,7 @@ class Asker:
         asking = self._asking
         samples = (None, *range(asking.k))
         greedy = await self._say(task, logprobs=asking.probes.top_logprobs)
-        kept = [tool for tool in task.tools if asking.drops and tool_name(tool) not in task.gateable]
+        kept = [tool for tool in task.tools if tool_name(tool) not in task.gateable]
         if kept:  # what is left where the gate withholds the others, and it may well confuse
             texts = [
                 one.answer for one in await asyncio.gather(*(self._rollout(task, kept, index) for index in samples))

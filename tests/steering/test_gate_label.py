@@ -98,14 +98,6 @@ def test_without_tools_means_with_those_that_a_gate_leaves(chat: ChatServer, tmp
     assert left.features["draft"] == found["alone"].features["draft"]  # a draft is asked without any tool
 
 
-def test_a_gate_that_answers_from_its_draft_leaves_no_tools(chat: ChatServer, tmp_path: Path) -> None:
-    both = [tool("calculator", "Computes an expression"), tool("send_message", "Sends a message")]
-    kinds = {"calculator": "compute", "send_message": "action"}
-    tasks = write(tmp_path / "tasks.jsonl", task("left", 12, 3, tools=both, tool_kinds=kinds))
-    assert label(chat, tasks, tmp_path / "labels.jsonl", "--suppress-mode", "answer_from_draft") == 0
-    assert labelled(tmp_path / "labels.jsonl")["left"].p_known == 1
-
-
 def test_fewer_runs_with_tools(chat: ChatServer, tmp_path: Path) -> None:
     tasks = write(tmp_path / "tasks.jsonl", task("hard", 1234, 5678))
     assert label(chat, tasks, tmp_path / "labels.jsonl", "--k-with", 0) == 0
