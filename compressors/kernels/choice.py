@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +53,7 @@ def choose(level: int) -> Choice:
     """The choice of a level, and of this CPU: where it multiplies bf16, dense tensors are worth expanding for many rows."""
     choice = _BY_LEVEL[level]
     # 4096 x 4096 with 1/32 of its numbers, rank 148, 256 rows, on an EPYC with AVX512-BF16: 1.8 ms; the base: 41 ms.
-    if level == 2 and torch.cpu._is_avx512_bf16_supported():
+    multiplies_bf16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    if level == 2 and multiplies_bf16():
         return replace(choice, expanded=((0.3, 64),), dense_bf16=True)
     return choice
