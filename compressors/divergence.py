@@ -70,18 +70,23 @@ class Divergence:
         """Greedy answers of what was measured last, each to its prompt alone as one user message."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self._fine_tune, padding_side="left")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = AutoTokenizer.from_pretrained(self._fine_tune)
         texts: list[str] = []
         for start in range(0, len(prompts), _ANSWERS):
             chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + _ANSWERS]]
-            batch = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-            )
+            rows = [
+                tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+                for chat in chats
+            ]
+            width = max(map(len, rows))
+            ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+            for place, row in enumerate(rows):  # on the left, so that all answers begin at one place
+                ids[place, width - len(row) :] = torch.tensor(row)
+                mask[place, width - len(row) :] = 1
             output = self._model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
             )
-            texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return texts
 
     @torch.no_grad()

@@ -52,19 +52,8 @@ def wire(
     saes = Registry(shelf, SAE, Ref[SAEVersion])
     policies = Registry(shelf, POLICY, Ref[PolicyVersion])
     shelf.recover()
-    room = settings.engine
-    combinations = CombinationPool(engine, room.max_resident_combinations, limits.delta_wait_s, telemetry.combinations)
-    pool = DeltaPool(
-        engine,
-        room.max_resident_deltas,
-        limits.delta_wait_s,
-        telemetry.deltas,
-        combinations,
-        room.max_resident_delta_bytes,
-        room.max_packed_delta_bytes,
-        limits.failed_load_s,
-    )
-    edits = EditPool(engine, room.max_resident_edits, limits.edit_wait_s, telemetry.edits)
+    pool = _delta_pool(settings, engine, telemetry)
+    edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
     tools = settings.tools
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
     prompts = PromptRenderer(tokenizer, template, tools.parser)
@@ -107,3 +96,18 @@ def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:
     """`field`: where a request says what of it can be changed, the profile whose probe scores."""
     chosen = settings.default
     return ProfileSteering("conflict", chosen.profile, chosen.direction, chosen.strength) if chosen else None
+
+
+def _delta_pool(settings: Settings, engine: Engine, telemetry: Telemetry) -> DeltaPool:
+    room, limits = settings.engine, settings.admission
+    combinations = CombinationPool(engine, room.max_resident_combinations, limits.delta_wait_s, telemetry.combinations)
+    return DeltaPool(
+        engine,
+        room.max_resident_deltas,
+        limits.delta_wait_s,
+        telemetry.deltas,
+        combinations,
+        room.max_resident_delta_bytes,
+        room.max_packed_delta_bytes,
+        limits.failed_load_s,
+    )

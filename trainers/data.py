@@ -58,7 +58,7 @@ def tool_template(recipe: DataRecipe, recipe_folder: Path) -> str:
 
 
 def _asked(row: Row) -> str:
-    return json.dumps([row.messages, row.tools]) if row.messages or row.tools else row.prompt
+    return json.dumps([row.chat, row.tools]) if row.messages or row.tools else row.prompt
 
 
 def _read_jsonl(path: Path) -> tuple[Row, ...]:

@@ -200,7 +200,8 @@ def _alone(base: Path, fine_tune: Path, config: Config, out: Path) -> tuple[floa
         [sys.executable, "-m", "server.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     assert child.stderr is not None
-    said = child.stderr.read()
+    with child.stderr:
+        said = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:

@@ -145,7 +145,7 @@ def test_centred_steps_rise_and_keep_the_mean() -> None:
     found = centred(fit_isotonic(p, y, many), p, many)
     grid = np.linspace(0, 1, 400)
     levels = np.array([calibrated(found.x, found.y, at) for at in grid])
-    assert (np.diff(levels) > 0).mean() > 0.99
+    assert (np.diff(levels) > 0).mean() > 0.95  # level only where two shrunken steps would fall
     assert np.abs(levels - grid**3).mean() < 0.02
 
 
