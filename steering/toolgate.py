@@ -175,6 +175,8 @@ def start(policy: Policy | None, request: GateRequest) -> Step:
     by_rule, budget = _rules(policy, request, names, {name: kinds[name][0] for name in gateable}, asked)
     if by_rule is not None:
         return by_rule
+    if policy.mixed == "allow" and len(gateable) < len(names):
+        return Decision("allow", "not_gateable", policy.policy_id, budget=budget)
     if in_tool_loop(request.messages) or not _can_act(policy, request):
         tau = policy.thresholds.suppress
         return Decision("allow", "uncertain", policy.policy_id, threshold=tau, budget=budget)

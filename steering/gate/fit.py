@@ -25,6 +25,7 @@ from steering.gate.labels import LabelRow, Labels, same_model, same_settings
 from steering.gate.policy import (
     Binding,
     Evaluation,
+    Mixed,
     Placement,
     Policy,
     Probes,
@@ -34,7 +35,7 @@ from steering.gate.policy import (
     Thresholds,
     ToolRule,
 )
-from steering.gate.replay import Columns, reached, replay_all, with_gateable_tools
+from steering.gate.replay import Columns, acted_on, left_out, reached, replay_all
 from steering.gate.signals import StageName
 from steering.gate.stages import BY_COST, LEAST, Plan, Splits, fit_stages, staying, values_of
 from steering.gate.threshold import Point, choose, curve
@@ -60,6 +61,7 @@ class FitSettings:
     max_probe_tokens: int | None = None
     timeout_ms: int = 2000
     suppress_mode: SuppressMode = "drop_tools"
+    mixed: Mixed = "narrow"
     placement: Placement = "pre"
     explore: float = 0.0
     hidden_profile: str | None = None
@@ -90,7 +92,7 @@ class Fitted:
 
 def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None) -> Fitted:
     """Raises FitError, LabelError."""
-    rows = with_gateable_tools(labels.rows)
+    rows = acted_on(labels.rows, settings.mixed)
     asked = same_settings(rows) or ProbeSettings()
     wanted = Plan.of(rows, settings.stages)
     splits = Splits.of(rows, settings.shares, settings.seed)
@@ -119,6 +121,7 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
             hidden_profile=settings.hidden_profile,
         ),
         suppress_mode=settings.suppress_mode,
+        mixed=settings.mixed,
         placement=settings.placement,
         explore=settings.explore,
         eval=_evaluation(found, point, settings),
@@ -213,9 +216,7 @@ def _evaluation(found: Effects, point: Point | None, settings: FitSettings) -> E
 def _complaints(
     labels: Labels, rows: Sequence[LabelRow], plan: Plan, splits: Splits, settings: FitSettings
 ) -> list[str]:
-    found = []
-    if len(rows) < len(labels.rows):
-        found.append(f"{len(labels.rows) - len(rows)} rows without a lookup or compute tool are left out")
+    found = left_out(labels.rows, rows, settings.mixed)
     for probe in BY_COST if settings.stages is None else ():
         holding = sum(probe in row.features for row in rows)
         if holding and probe not in plan.order:

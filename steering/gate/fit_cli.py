@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from steering.gate.policy import Placement, SuppressMode
+from steering.gate.policy import Mixed, Placement, SuppressMode
 from steering.gate.signals import STAGES
 from steering.options import numbers, reporting, words
 
@@ -49,6 +49,12 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--max-probe-tokens", type=int, help="per request (default: enough for every probe)")
     parser.add_argument("--timeout-ms", type=int, default=2000, help="of all probes together (default: %(default)s)")
     parser.add_argument("--suppress-mode", choices=get_args(SuppressMode), default="drop_tools")
+    parser.add_argument(
+        "--mixed",
+        choices=get_args(Mixed),
+        default="narrow",
+        help="requests with tools of other kinds too: drop the gateable ones, or let no score act on them (default: %(default)s)",
+    )
     parser.add_argument("--placement", choices=get_args(Placement), default="pre")
     parser.add_argument("--explore", type=float, default=0.0, help="share of decisions not carried out (default: 0)")
     parser.add_argument(
@@ -88,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         max_probe_tokens=args.max_probe_tokens,
         timeout_ms=args.timeout_ms,
         suppress_mode=args.suppress_mode,
+        mixed=args.mixed,
         placement=args.placement,
         explore=args.explore,
         hidden_profile=args.hidden_profile,

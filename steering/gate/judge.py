@@ -10,13 +10,13 @@ from steering.gate.cascade import NEVER, Cascade, Verdict
 from steering.gate.effects import Effects, effects
 from steering.gate.labels import LabelRow, Labels, same_model, same_settings
 from steering.gate.policy import Policy
-from steering.gate.replay import Columns, reached, replay_all, with_gateable_tools
+from steering.gate.replay import Columns, acted_on, left_out, reached, replay_all
 from steering.gate.threshold import Point, curve
 
 
 @dataclass(frozen=True)
 class Judged:
-    """`rows` are those with gateable tools; a verdict is None where the row is left as it is."""
+    """`rows` are those that a score may act on; a verdict is None where the row is left as it is."""
 
     rows: tuple[LabelRow, ...]
     columns: Columns
@@ -27,7 +27,7 @@ class Judged:
 
 def judge(policy: Policy, labels: Labels, r: float, delta: float) -> Judged:
     """Exploration is left out. Raises FitError, LabelError."""
-    rows = with_gateable_tools(labels.rows)
+    rows = acted_on(labels.rows, policy.mixed)
     cascade = Cascade.of(policy)
     verdicts = replay_all(cascade, rows)
     unasked = 0 if cascade.tau == NEVER else sum(one is None for one in verdicts)
@@ -51,8 +51,7 @@ def _doubts(policy: Policy, labels: Labels, rows: list[LabelRow]) -> list[str]:
     found = []
     if policy.data_sha256 == labels.sha256:
         found.append("these are the rows that the policy was fitted on")
-    if len(rows) < len(labels.rows):
-        found.append(f"{len(labels.rows) - len(rows)} rows without a lookup or compute tool are left out")
+    found += left_out(labels.rows, rows, policy.mixed)
     model, bound = same_model(rows), policy.model
     for what, fitted, answered in (
         ("base", bound.base_fingerprint, model.base_fingerprint),

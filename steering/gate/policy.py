@@ -21,6 +21,7 @@ from steering.gate.schema import Strict, near, parse
 from steering.gate.signals import FEATURES, STAGES, Probe, StageName
 
 SuppressMode = Literal["drop_tools", "tool_choice_none", "answer_from_draft"]
+Mixed = Literal["narrow", "allow"]
 Placement = Literal["pre", "post"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -164,7 +165,13 @@ class Evaluation(Strict):
     delta: Share
 
 
+def _is_narrow(mixed: str) -> bool:
+    return mixed == "narrow"
+
+
 class Policy(Strict):
+    """`mixed`: requests with tools of other kinds too lose the gateable ones ("narrow"), or no score acts on them ("allow")."""
+
     schema_version: Literal[1] = 1
     model: Binding
     tool_kinds: tuple[ToolRule, ...] = ()
@@ -173,6 +180,7 @@ class Policy(Strict):
     thresholds: Thresholds
     probes: Probes = Probes()
     suppress_mode: SuppressMode = "drop_tools"
+    mixed: Mixed = Field(default="narrow", exclude_if=_is_narrow)  # left out so that older policies keep their id
     placement: Placement = "pre"
     explore: Share = 0.0
     eval: Evaluation | None = None

@@ -10,9 +10,16 @@ import numpy.typing as npt
 
 from steering.errors import FitError
 from steering.gate.cascade import NEVER, Cascade, Verdict, Walk, begin, observe
+from steering.gate.features import GATEABLE
 from steering.gate.labels import LabelRow
 from steering.gate.measures import Array
+from steering.gate.policy import Mixed
 from steering.gate.threshold import GRID
+
+_WANTED: dict[Mixed, str] = {
+    "narrow": "a lookup or compute tool",
+    "allow": "lookup and compute tools alone",
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,18 @@ class Columns:
         return ~self.without & self.with_tools
 
 
-def with_gateable_tools(rows: Sequence[LabelRow]) -> list[LabelRow]:
-    """The rows that a gate may act on. Raises FitError where there is none."""
-    found = [row for row in rows if row.gateable]
+def acted_on(rows: Sequence[LabelRow], mixed: Mixed) -> list[LabelRow]:
+    """The rows that a score may act on. Raises FitError where there is none."""
+    found = [row for row in rows if row.gateable and (mixed == "narrow" or set(row.kinds.values()) <= set(GATEABLE))]
     if not found:
-        raise FitError("no row has a lookup or compute tool, so there is nothing to gate")
+        raise FitError(f"no row has {_WANTED[mixed]}, so there is nothing to gate")
     return found
+
+
+def left_out(rows: Sequence[LabelRow], kept: Sequence[LabelRow], mixed: Mixed) -> list[str]:
+    """What to say of the other rows."""
+    gone = len(rows) - len(kept)
+    return [f"{gone} rows without {_WANTED[mixed]} are left out"] if gone else []
 
 
 def replay(cascade: Cascade, row: LabelRow) -> Verdict | None:

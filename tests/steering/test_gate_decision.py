@@ -150,6 +150,20 @@ def test_only_tools_that_look_up_or_compute_are_withheld() -> None:
     assert decided(start(made, GateRequest([], [], SERVED, 0.5))).reason == "not_gateable"
 
 
+def test_a_policy_may_leave_mixed_requests_alone() -> None:
+    """Scores do not act on them, rules do; requests of gateable tools alone are gated as ever."""
+    made = policy(**ONE_STAGE, mixed="allow")
+    found = decided(start(made, asking(EASY, "send_mail", "search")))
+    assert (found.action, found.reason, found.tools_removed) == ("allow", "not_gateable", ())
+    assert decided(start(made, asking(EASY, "search", "calculator"))).action == "suppress"
+    marked = asking(EASY, "search", "wiki", marks={"wiki": "lookup"})
+    assert decided(start(made, marked)).action == "suppress"
+    spent = decided(start(made, asking(HARD, "search", "send_mail", budget=0)))
+    assert (spent.action, spent.reason) == ("narrow", "budget_exhausted")
+    probed = policy(mixed="allow")
+    assert decided(start(probed, asking(HARD, "calculator", "send_mail"))).reason == "not_gateable"  # no probe is asked
+
+
 def test_a_request_may_mark_its_tools() -> None:
     made = policy(**ONE_STAGE)
     found = decided(start(made, asking(EASY, "wiki", marks={"wiki": "lookup"})))

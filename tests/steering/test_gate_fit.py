@@ -174,6 +174,24 @@ def test_kinds_budgets_and_binding(tmp_path: Path) -> None:
     )
 
 
+def test_mixed_rows_are_left_out_where_no_score_acts_on_them(data: Labels) -> None:
+    kinds = {"calculator": "compute", "mail": "action"}
+    some = tuple(
+        row.model_copy(update={"kinds": kinds}) if place % 3 == 0 else row for place, row in enumerate(data.rows)
+    )
+    mixed = replace(data, rows=some)
+    found = fit(mixed, FitSettings(epsilon=0.03, mixed="allow"))
+    assert found.policy.mixed == "allow"
+    assert sum(found.rows) == 1000
+    assert "500 rows without lookup and compute tools alone are left out" in found.warnings
+    judged = judge(found.policy, mixed, 0.75, 0.1)
+    assert len(judged.rows) == 1000
+    assert any("500 rows without lookup and compute tools alone" in one for one in judged.warnings)
+    assert sum(fit(mixed, FitSettings(epsilon=0.03)).rows) == 1500
+    with pytest.raises(FitError, match="no row has lookup and compute tools alone"):
+        fit(replace(data, rows=some[::3]), FitSettings(mixed="allow"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -138,5 +138,7 @@ def test_an_answer_from_the_draft_needs_a_draft() -> None:
 def test_defaults_are_written_out() -> None:
     written = json.loads(policy_bytes(policy(probes={}, stages=[stage("static")])))
     assert written["suppress_mode"] == "drop_tools"
+    assert "mixed" not in written  # came later: a policy without it keeps its id
+    assert json.loads(policy_bytes(policy(mixed="allow")))["mixed"] == "allow"
     assert written["probes"]["timeout_ms"] == 2000
     assert written["thresholds"] == {"require": None, "suppress": 0.8}
