@@ -8,7 +8,7 @@ from server.admission import Admission
 from server.artifacts.checks import Checks
 from server.artifacts.combination_pool import CombinationPool
 from server.artifacts.delta_pool import DeltaPool
-from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
+from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle, ProfileLifecycle
 from server.artifacts.pool import EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
@@ -79,7 +79,7 @@ def wire(
         pool=pool,
         edits=edits,
         deltas=DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, drain_s),
-        profiles=Lifecycle(store, profiles, edits, checks.profile, telemetry, drain_s),
+        profiles=ProfileLifecycle(store, profiles, edits, checks.profile, telemetry, drain_s, policies),
         saes=Lifecycle(store, saes, edits, checks.sae, telemetry, drain_s),
         policies=Lifecycle(store, policies, known, checks.policy, telemetry, drain_s),
         telemetry=telemetry,

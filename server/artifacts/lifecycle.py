@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic
 
 from server.artifacts.delta_pool import DeltaPool
-from server.artifacts.pool import Users
+from server.artifacts.pool import ArtifactInUse, Users
 from server.artifacts.registry import DeltaRegistry, KindError, NameNotFound, Registry
 from server.artifacts.store import Incoming, Store
-from server.artifacts.versions import DeltaVersion, Ref, V
+from server.artifacts.versions import DeltaVersion, PolicyVersion, ProfileVersion, Ref, V
 from server.core import GatewayError
 from server.engine.base import EngineDelta
 from server.telemetry import Telemetry
@@ -101,6 +101,32 @@ class Lifecycle(Generic[V]):
             "generation": ref.generation,
             "versions": versions,
         }
+
+
+class ProfileLifecycle(Lifecycle[ProfileVersion]):
+    """A profile whose probe a policy of the tool gate reads stays as long as that policy."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry[ProfileVersion],
+        users: Users,
+        check: Check[ProfileVersion],
+        telemetry: Telemetry,
+        drain_timeout_s: float,
+        policies: Registry[PolicyVersion],
+    ) -> None:
+        super().__init__(store, registry, users, check, telemetry, drain_timeout_s)
+        self._policies = policies
+
+    async def delete(self, name: str, drain: bool) -> None:
+        """Raises ArtifactInUse for a profile that a policy names too."""
+        going = set(self._registry.only_used_by(self.get(name)))
+        for policy in self._policies.refs():
+            if going & {version.hidden_profile for version in policy.versions}:
+                message = f"the policy {policy.name!r} reads this profile's probe; delete the policy first"
+                raise ArtifactInUse(self.kind, message, param="name")
+        await super().delete(name, drain)
 
 
 class DeltaLifecycle(Lifecycle[DeltaVersion]):

@@ -158,6 +158,19 @@ async def test_deletion_waits_for_no_request_and_costs_none(bed: Bed, admin: htt
     assert (response.status_code, head(response)) == (200, ("allow", "gate_error"))
 
 
+async def test_a_profile_that_a_policy_reads_stays_as_long_as_it(bed: Bed, admin: httpx.AsyncClient) -> None:
+    digest = (await bed.upload("knows", b"{}", "profiles")).json()["digest"]
+    await bed.upload("twin", b"{}", "profiles")
+    scored = {**stage("draft"), "name": "hidden", "features": [{"name": "hidden.score", "mean": 0, "std": 1}]}
+    await bed.policy("gate", stages=[scored], probes={"order": ["hidden"], "hidden_profile": digest})
+    assert (await admin.delete("/v1/admin/profiles/twin")).status_code == 204  # the other name keeps the bytes
+    refused = await admin.delete("/v1/admin/profiles/knows")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "profile_in_use")
+    assert "policy 'gate'" in refused.json()["error"]["message"]
+    assert (await admin.delete(f"{POLICIES}/gate")).status_code == 204
+    assert (await admin.delete("/v1/admin/profiles/knows")).status_code == 204
+
+
 async def test_names_outlive_a_restart(bed: Bed, admin: httpx.AsyncClient, build: Callable[..., Any]) -> None:
     await bed.policy("gate", **STATIC)
     await bed.policy("gate", **STATIC, explore=1.0)
