@@ -93,7 +93,7 @@ def test_the_op_survives_compilation():
     entries = np.array([(1.0, 0)], dtype=[("value", np.float32), ("row", np.uint32)])
     ends = np.array([0, 1], dtype=np.int64)
     factor = SparseFactor(4, 3, 0, np.array([2.0], dtype=np.float32), ends, ends, entries, entries)
-    linear = DeltaLinear(DeltaState(product), {7: product.prepare([factor])})
+    linear = DeltaLinear(DeltaState(product), {7: (product.prepare([factor]),)})
     weight = torch.ones(4, 3)
     inner = SimpleNamespace(apply=lambda layer, x, bias: torch.nn.functional.linear(x, weight))
     method = DeltaLinearMethod(inner, linear, "deltaworks.test")
