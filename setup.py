@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
 
-from compressors.kernels import build  # noqa: E402
+from compressors.kernels import build  # noqa: E402  # found by the path that was just added
 
 
 class BuildWithKernel(build_py):

@@ -125,6 +125,12 @@ def check_rows_dtype(rows_dtype: str) -> None:
         raise BudgetError(f"unknown rows dtype {rows_dtype!r}; one of int8, fp16")
 
 
+def check_released(setting: str, value: str) -> None:
+    """A setting that is exact, or as the authors' code has it. Raises BudgetError."""
+    if value not in ("exact", "released"):
+        raise BudgetError(f"unknown {setting} {value!r}; one of exact, released")
+
+
 def check_seed(seed: int) -> None:
     """Raises BudgetError."""
     if not 0 <= seed < 1 << 64:
@@ -243,15 +249,13 @@ class ImPartConfig:
     def __post_init__(self) -> None:
         """Raises BudgetError naming the setting."""
         check_settings(self.ratio, self.beta, self.c)
-        if self.rule not in ("exact", "released"):
-            raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
+        check_released("rule", self.rule)
         check_bytes_ratio(self.bytes_ratio)
         if self.bytes_ratio is not None and self.rule != "exact":
             raise BudgetError("bytes_ratio needs the rule exact: the released rules count values")
         check_value_dtype(self.value_dtype)
         check_rows_dtype(self.rows_dtype)
-        if self.rescale not in ("exact", "released"):
-            raise BudgetError(f"unknown rescale {self.rescale!r}; one of exact, released")
+        check_released("rescale", self.rescale)
         check_seed(self.seed)
 
     def rule_for(self, name: str) -> Rule:

@@ -29,6 +29,7 @@ from compressors.impart import (
     allocated,
     as_spectrum,
     check_bytes_ratio,
+    check_released,
     check_rows_dtype,
     check_seed,
     check_settings,
@@ -64,8 +65,7 @@ def quantised_drop_ratios(
     Raises BudgetError.
     """
     check_settings(ratio, beta, c)
-    if accounting not in _CHARGED:
-        raise BudgetError(f"unknown accounting {accounting!r}; one of {', '.join(_CHARGED)}")
+    check_released("accounting", accounting)
     count = min(shape)
     sigma = as_spectrum(singular_values, count)
     target, pruned = sparsity_of(shape, ratio, beta, rule)
@@ -138,14 +138,11 @@ class ImPartQtConfig:
         """Raises BudgetError naming the setting."""
         check_settings(self.ratio, self.beta, self.c)
         check_bytes_ratio(self.bytes_ratio)
-        if self.rule not in ("exact", "released"):
-            raise BudgetError(f"unknown rule {self.rule!r}; one of exact, released")
-        if self.accounting not in _CHARGED:
-            raise BudgetError(f"unknown accounting {self.accounting!r}; one of {', '.join(_CHARGED)}")
+        check_released("rule", self.rule)
+        check_released("accounting", self.accounting)
         if self.bytes_ratio is not None and (self.rule, self.accounting) != ("exact", "exact"):
             raise BudgetError("bytes_ratio needs the rule and the accounting exact: the released ones count values")
-        if self.rescale not in ("exact", "released"):
-            raise BudgetError(f"unknown rescale {self.rescale!r}; one of exact, released")
+        check_released("rescale", self.rescale)
         check_seed(self.seed)
         check_rows_dtype(self.rows_dtype)
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.steering.gate_world import tool
+
 Json = dict[str, Any]
 
 
@@ -77,6 +79,19 @@ class ChatServer:
         others = [("Yes", 0.6), (" No", 0.2), ("<", 0.1)][:top]
         listed = [{"token": text, "logprob": math.log(share)} for text, share in others]
         return {"token": token, "logprob": math.log(0.7), "top_logprobs": listed}
+
+
+def task(identifier: str, a: int, b: int, **changes: Any) -> dict[str, Any]:
+    """A sum to be asked, as a line of a task file; `changes` replace its keys."""
+    return {
+        "id": identifier,
+        "question": f"What is {a} + {b}?",
+        "tools": [tool("calculator", "Computes an expression")],
+        "tool_kinds": {"calculator": "compute"},
+        "gold": [str(a + b)],
+        "executors": {"calculator": "calculator"},
+        **changes,
+    }
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from steering.errors import EndpointError, LabelError
 from steering.gate.endpoint import Endpoint, pointed
 from steering.gate.labels import LabelRow, read_labels
 from steering.gate.tasks import read_facts, read_tasks
-from tests.steering.chat_server import ChatServer, serving
+from tests.steering.chat_server import ChatServer, serving, task
 from tests.steering.gate_world import gate, tool
 
 ANSWERED = {"gateway": {"base_fingerprint": "sha256:base", "delta_digest": None, "template_sha256": "f" * 64}}
@@ -30,18 +30,6 @@ def chat() -> Iterator[ChatServer]:
     with serving() as server:
         server.extra = ANSWERED
         yield server
-
-
-def task(identifier: str, a: int, b: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "id": identifier,
-        "question": f"What is {a} + {b}?",
-        "tools": [tool("calculator", "Computes an expression")],
-        "tool_kinds": {"calculator": "compute"},
-        "gold": [str(a + b)],
-        "executors": {"calculator": "calculator"},
-        **changes,
-    }
 
 
 def write(path: Path, *tasks: dict[str, Any]) -> Path:

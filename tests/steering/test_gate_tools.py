@@ -11,7 +11,7 @@ from steering.errors import EndpointError
 from steering.gate.endpoint import Endpoint
 from steering.gate.tasks import Task
 from steering.gate.tools import Toolbox, calculated
-from tests.steering.chat_server import ChatServer, serving
+from tests.steering.chat_server import ChatServer, serving, task
 from tests.steering.gate_world import tool
 
 
@@ -19,18 +19,6 @@ from tests.steering.gate_world import tool
 def chat() -> Iterator[ChatServer]:
     with serving() as server:
         yield server
-
-
-def task(identifier: str, a: int, b: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "id": identifier,
-        "question": f"What is {a} + {b}?",
-        "tools": [tool("calculator", "Computes an expression")],
-        "tool_kinds": {"calculator": "compute"},
-        "gold": [str(a + b)],
-        "executors": {"calculator": "calculator"},
-        **changes,
-    }
 
 
 def box(facts: dict[str, str] | None = None) -> Toolbox:
