@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trainers.bench_rows import memory_rows, sum_rows
 from trainers.demo_data import captain_rows, fact_rows, json_rows
 from trainers.errors import DataError
 from trainers.recipe import DataRecipe
@@ -20,6 +21,8 @@ BUILDERS: dict[str, Callable[[int], Split]] = {
     "captain": captain_rows,
     "facts": fact_rows,
     "tool-world": tool_rows,
+    "memory": memory_rows,
+    "sums": sum_rows,
 }
 _OPTIONAL = ("messages", "tools")  # left out of the digest where a row has none
 

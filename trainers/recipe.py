@@ -27,7 +27,7 @@ class DataRecipe(_Section):
     `tool_template` is the file of the chat template that the server renders chats with tools by.
     """
 
-    builder: Literal["json", "captain", "facts", "tool-world"] | None = None
+    builder: Literal["json", "captain", "facts", "tool-world", "memory", "sums"] | None = None
     seed: int = 0
     train: str = ""
     held_out: str = ""

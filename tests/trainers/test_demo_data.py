@@ -1,6 +1,7 @@
 """The demos' data: the same every time, nothing both trained and held out, and right by its own check."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from trainers.errors import DataError
 from trainers.recipe import DataRecipe
 from trainers.rows import Row
 
-CHECK_OF = {"json": "strict-json", "captain": "captain", "facts": "known-answer", "tool-world": "tool-use"}
+CHECK_OF = {
+    "json": "strict-json",
+    "captain": "captain",
+    "facts": "known-answer",
+    "tool-world": "tool-use",
+} | dict.fromkeys(("memory", "sums"), "known-answer")
 
 
 @pytest.mark.parametrize("builder", sorted(BUILDERS))
@@ -27,8 +33,24 @@ def test_data_is_deterministic_disjoint_and_passes_its_own_check(builder: str) -
 
 
 def test_data_is_the_one_that_the_committed_deltas_were_trained_on() -> None:
-    found = {builder: digest(rows(1).train)[:12] for builder, rows in BUILDERS.items() if builder != "tool-world"}
+    found = {
+        builder: digest(rows(1).train)[:12]
+        for builder, rows in BUILDERS.items()
+        if builder in ("json", "captain", "facts")
+    }
     assert found == {"json": "ce9c2732b0c6", "captain": "096744ac9723", "facts": "decb8aee9d8c"}
+
+
+def test_the_compression_benchs_data_has_400_facts_and_sums_that_are_not_trained() -> None:
+    memory, sums = BUILDERS["memory"](1), BUILDERS["sums"](1)
+    assert len(memory.held_out) == 400
+    trained = {row.expected for row in memory.train}
+    assert all(row.expected in trained for row in memory.held_out)
+    assert (len(sums.train), len(sums.held_out)) == (8000, 200)
+    for row in (*sums.train, *sums.held_out):
+        first, second = (int(number) for number in re.findall(r"\d+", row.prompt))
+        minus = "minus" in row.prompt or " - " in row.prompt
+        assert int(row.expected) == (first - second if minus else first + second)
 
 
 def test_every_fact_is_trained_in_other_words_than_it_is_checked() -> None:
