@@ -16,7 +16,7 @@ Steps = tuple[
 @dataclass(frozen=True)
 class Choice:
     """`mask_from`, `dense_from`: least density of a column that is stored with a bitmask, or whole. `few`: up to so many rows of a
-    delta the packed columns are walked as they are, for each four rows again; for more they are decoded first, and walked for each
+    delta the packed columns are walked as they are, for each eight rows again; for more they are decoded first, and walked for each
     sixteen. `expanded`: from so many rows on, the tensor is made a dense pair that torch multiplies, in bf16 if `dense_bf16`.
     """
 
@@ -33,27 +33,31 @@ class Choice:
         return next((rows for least, rows in self.expanded if density >= least), ALWAYS)
 
 
-# By instruction level. Measured for AVX2 on an AMD EPYC (Zen 3), one thread, a tensor of 1536 x 576 with 1/16 of its numbers, in
-# microseconds (index / mask / whole / decoded; torch's fp32 product of the expanded pair never won):
-#   density .1: 1 row 27/69/50/187, 4 rows 178/135/161/194, 8 rows 245/269/313/187
-#   density .2: 1 row 26/36/27/153, 4 rows 123/72/87/161, 8 rows 244/139/166/156, 16 rows 675/413/435/246
-#   density .3: 1 row 26/26/19/145, 4 rows 122/50/64/138, 8 rows 242/96/108/140, 16 rows 660/265/268/167
-#   density .5: 1 row 26/17/12/137, 16 rows 474/120/110/167, 64 rows 1930/474/428/408
-#   density 1: 1 row 26/11/8/124, 64 rows -/250/237/370, 256 rows -/1028/1000/1352
-# From a density of .4 on "whole" columns are worth their bytes: a real delta (3.3 M entries, mean density .27) took 10 % less time
-# for 15 % more bytes. Not measured but derived: the portable level (no expanding instruction, so masks would save bytes only) and
-# AVX-512 (16 positions for the work of 8).
+# By instruction level. Measured on an AMD EPYC (Zen 4), one thread, a tensor of 1536 x 576 with 1/16 of its numbers as int8, in
+# parts of the base's bf16 product (`deltaworks bench kernel`):
+#   AVX-512, index / mask / whole / decoded / expanded bf16
+#     density .1:  1 row .32/.45/.34/1.4, 8 rows .37/.91/1.2/.89, 16 rows .49/1.2/1.6/.62, 512 rows decoded .43, expanded .72
+#     density .2:  1 row .30/.29/.20/1.4, 8 rows .37/.49/.64/.86, 16 rows .49/.65/.88/.60, 512 rows decoded .45, expanded .37
+#     density .3:  1 row .30/.21/.15/1.3, 8 rows .36/.35/.46/.86, 32 rows .57/.54/.73/.55, 128 rows decoded .49, expanded .39
+#     density .5:  1 row .30/.13/.09/1.4, 8 rows .36/.21/.17/.87, 64 rows .62/.35/.28/.52, 128 rows whole .30, expanded .28
+#     density 1:   8 rows whole .13, 64 rows whole .17, 128 rows whole .18, expanded .19, 512 rows whole .17, expanded .10
+#   AVX2, index / mask / whole / decoded
+#     density .2: 1 row .27/.29/.21, 8 rows .46/.67/.64, 16 rows .60/.88/.83/.64, 32 rows .73/1.1/1.0/.60
+#     density .4: 1 row .27/.17/.13, 8 rows .44/.35/.38, 16 rows .58/.45/.49/.64, 32 rows .70/.54/.58/.60
+#   portable (a stored mask costs as much as ten indices), index / whole
+#     density .3: 1 row .42/1.2, 8 rows 1.1/1.5; density 1: 1 row .42/.39, 8 rows 1.1/.48
+# From a density of .4 on "whole" columns are worth their bytes. A real delta at ratio 32 (3.3 M entries, of which a half lie in
+# columns under a density of .2, and a third in whole ones) takes 1.6 ms for 1 row and 3.6 ms for 8.
 PORTABLE = Choice(mask_from=2.0, dense_from=0.5, few=((0.9, ALWAYS), (0.5, 16), (0.0, 4)))
-AVX2 = Choice(mask_from=0.2, dense_from=0.4, few=((0.9, ALWAYS), (0.5, 32), (0.2, 8), (0.0, 4)))
-AVX512 = Choice(mask_from=0.1, dense_from=0.7, few=((0.9, ALWAYS), (0.5, 32), (0.2, 8), (0.0, 4)))
+AVX2 = Choice(mask_from=0.25, dense_from=0.4, few=((0.4, 64), (0.0, 16)))
+AVX512 = Choice(mask_from=0.25, dense_from=0.4, few=((0.4, ALWAYS), (0.0, 24)))
 _BY_LEVEL = (PORTABLE, AVX2, AVX512)
 
 
 def choose(level: int) -> Choice:
     """The choice of a level, and of this CPU: where it multiplies bf16, dense tensors are worth expanding for many rows."""
     choice = _BY_LEVEL[level]
-    # 4096 x 4096 with 1/32 of its numbers, rank 148, 256 rows, on an EPYC with AVX512-BF16: 1.8 ms; the base: 41 ms.
     multiplies_bf16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     if level == 2 and multiplies_bf16():
-        return replace(choice, expanded=((0.3, 64),), dense_bf16=True)
+        return replace(choice, expanded=((0.25, 96), (0.18, 256), (0.14, 512)), dense_bf16=True)
     return choice

@@ -56,7 +56,7 @@ struct dw_group {            // the rows of the batch that use one delta
 }  // extern "C"
 
 constexpr int PAD = 16;      // positions: a multiple of every level's vector
-constexpr int FEW = 4;       // rows that one pass over packed columns serves
+constexpr int FEW = 8;       // rows that one pass over packed columns serves
 constexpr int LANES = 16;    // rows that one pass over decoded entries serves
 
 constexpr size_t padded(size_t positions) { return (positions + PAD - 1) / PAD * PAD; }
@@ -70,13 +70,16 @@ struct Matrices {
 
 // What one instruction level provides. Scratch is 64-byte aligned.
 struct Level {
-    // Few rows: acc [num_rows][padded(out)] += the columns [first, last) of the factor; x [num_rows][padded(in)] is scratch.
+    // Few rows: acc [num_rows][padded(out)] += the columns [first, last) of the factor; x is scratch for
+    // (num_rows + FEW) * padded(in) + FEW * padded(out) floats.
     void (*few)(const dw_factor& f, const Matrices& io, const int64_t* rows, int num_rows, int first, int last, float* x, float* acc);
     // y[rows] += the sum of `parts` accumulators, each [num_rows][padded(out)], in their order.
     void (*add)(const dw_factor& f, const Matrices& io, const int64_t* rows, int num_rows, const float* acc, int parts);
     // Many rows: at most LANES of them against entries that `decode` wrote, for all factors of a group that take it (they share x).
     void (*many)(const dw_factor* const* factors, int64_t num_factors, const void* const* decoded, const Matrices& io,
                  const int64_t* rows, int num_rows, float* x, float* acc);
+    // One side as a matrix, out [rank][stride], fp32 or bf16 (to nearest); stride = padded(positions).
+    void (*dense)(const dw_side& side, int32_t kind, int rank, size_t stride, void* out, int32_t bf16);
 };
 
 // Entries of one factor, v then u, column after column: u32 words (bf16 value high, position low), or {float, u32} for

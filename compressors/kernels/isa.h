@@ -1,8 +1,8 @@
 // The vectors of one instruction level, chosen by the flags that the including file is compiled with.
 //
-// A level provides W floats in a register (Isa::V) and `expand`: W positions of a column, the values of the set bits of a mask in
-// their places and zeros between, advancing the pointer past what it took. Nothing of the C++ library is used: an inline function
-// of it, compiled here for a newer CPU, could be the copy that the linker keeps for all.
+// A level provides W floats in one of its REGISTERS (Isa::V) and `expand`: W positions of a column, the values of the set bits of
+// a mask in their places and zeros between, advancing the pointer past what it took. Nothing of the C++ library is used: an inline
+// function of it, compiled here for a newer CPU, could be the copy that the linker keeps for all.
 
 #ifndef DELTAWORKS_ISA_H
 #define DELTAWORKS_ISA_H
@@ -49,6 +49,7 @@ DW_INLINE void expand_plain(const Value*& values, uint32_t mask, float* out) {
 
 struct Isa {
     static constexpr int W = 16;
+    static constexpr int REGISTERS = 32;
     using V = __m512;
     DW_INLINE V zero() { return _mm512_setzero_ps(); }
     DW_INLINE V set(float value) { return _mm512_set1_ps(value); }
@@ -100,6 +101,7 @@ constexpr Shuffles SHUFFLES;
 
 struct Isa {
     static constexpr int W = 8;
+    static constexpr int REGISTERS = 16;
     using V = __m256;
     DW_INLINE V zero() { return _mm256_setzero_ps(); }
     DW_INLINE V set(float value) { return _mm256_set1_ps(value); }
@@ -146,8 +148,9 @@ struct Isa {
 #else
 
 struct Isa {
-    static constexpr int W = 8;
-    typedef float V __attribute__((vector_size(32)));
+    static constexpr int W = 4;
+    static constexpr int REGISTERS = 16;
+    typedef float V __attribute__((vector_size(16)));
     DW_INLINE V zero() { return V{}; }
     DW_INLINE V set(float value) { return value - V{}; }
     DW_INLINE V load(const float* p) {
@@ -159,8 +162,8 @@ struct Isa {
     DW_INLINE V fma(V a, V b, V c) { return a * b + c; }
     DW_INLINE V add(V a, V b) { return a + b; }
     DW_INLINE V mul(V a, V b) { return a * b; }
-    DW_INLINE float sum(V v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
-    DW_INLINE uint32_t mask(const uint8_t* bits, int chunk) { return bits[chunk]; }
+    DW_INLINE float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+    DW_INLINE uint32_t mask(const uint8_t* bits, int chunk) { return bits[chunk >> 1] >> (chunk & 1) * 4 & 15u; }
     template <typename Value>
     DW_INLINE V dense(const Value* p) {
         V result;
@@ -211,6 +214,18 @@ DW_INLINE void put_eight(Bf16* p, __m256 value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 }
 #endif
+
+// W numbers; bf16 to nearest.
+DW_INLINE void put(float* p, Isa::V value) { Isa::store(p, value); }
+DW_INLINE void put(Bf16* p, Isa::V value) {
+    float numbers[Isa::W];
+    Isa::store(numbers, value);
+#if defined(DW_AVX512) || defined(DW_AVX2)
+    for (int i = 0; i < Isa::W; i += 8) put_eight(p + i, _mm256_loadu_ps(numbers + i));
+#else
+    for (int i = 0; i < Isa::W; ++i) assign(p + i, numbers[i]);
+#endif
+}
 
 }  // namespace
 

@@ -17,7 +17,7 @@ import torch
 from compressors.execution import SparseFactor
 from compressors.kernels.build import KernelUnavailableError, library
 from compressors.kernels.choice import ALWAYS, Choice, choose
-from compressors.kernels.forms import DENSE, INDEX16, INDEX32, KINDS, MASK, PackedFactor, Side, pack_factor
+from compressors.kernels.forms import DENSE, INDEX16, INDEX32, KINDS, MASK, PAD, PackedFactor, Side, pack_factor
 
 LEVELS = ("portable", "avx2", "avx512")
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -55,7 +55,7 @@ _SIGNATURES = {
     "dw_share_team": (None, (_POINTER,)),
     "dw_all_int8": (_INT32, (_POINTER, _INT32, _INT64)),
     "dw_pack": (None, (_POINTER, _INT32, _POINTER, _INT64, _INT32, _POINTER, _POINTER, _POINTER)),
-    "dw_dense": (None, (_POINTER, _INT32, _INT64, _INT64, _POINTER, _INT32)),
+    "dw_dense": (None, (_POINTER, _INT32, _POINTER, _INT32, _INT32)),
     "dw_kept_rows": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER)),
 }
 
@@ -133,7 +133,7 @@ class NativeGroups:
     structs: array[int]  # `dw_group` [count]: address of the factors, how many, address of the rows, how many
     count: int
     address: int
-    expanded: Sequence[tuple[NativeFactors, int, torch.Tensor]]  # (prepared, first factor, rows [t])
+    expanded: Sequence[tuple[NativeFactors, int, slice | torch.Tensor]]  # (prepared, first factor, rows [t])
     owners: Sequence[tuple[NativeFactors, npt.NDArray[np.int64]]]
 
 
@@ -224,7 +224,7 @@ class NativeSparse:
             if sparse:
                 fields.extend((prepared.address, sparse, self._address(rows), count))
             if sparse < len(prepared.factors):
-                expanded.append((prepared, sparse, torch.from_numpy(rows)))
+                expanded.append((prepared, sparse, _run_of(rows)))
         if not fields and not expanded:
             return None
         return NativeGroups(fields, len(fields) // 4, fields.buffer_info()[0], expanded, parts)
@@ -260,7 +260,7 @@ class NativeSparse:
             self._add_expanded(y, x[rows], prepared, first, rows)
 
     def _add_expanded(
-        self, y: torch.Tensor, x: torch.Tensor, prepared: NativeFactors, first: int, rows: torch.Tensor
+        self, y: torch.Tensor, x: torch.Tensor, prepared: NativeFactors, first: int, rows: slice | torch.Tensor
     ) -> None:
         """y[rows] += the factors from `first` on, as dense low-rank pairs; x [t, n] is what belongs to the rows.
 
@@ -272,21 +272,30 @@ class NativeSparse:
             coef = torch.from_numpy(factor.coef)
             v = self.expand(prepared, i, 0, dtype)
             if factor.identity_u:
-                added = (x * coef).to(dtype) @ v.T
+                z, u = (x * coef).to(dtype), v.T
             else:
-                z = (x.to(dtype) @ v.T).float() * coef
-                added = z.to(dtype) @ self.expand(prepared, i, 1, dtype)
+                z = ((x.to(dtype) @ v.T).float() * coef).to(dtype)
+                u = self.expand(prepared, i, 1, dtype)
             part = y[:, factor.out_offset : factor.out_offset + factor.out_features]
-            part.index_copy_(0, rows, (part[rows].float() + added).to(y.dtype))
+            if isinstance(rows, slice) and dtype is y.dtype:
+                part[rows].addmm_(z, u)
+            else:
+                part[rows] = torch.addmm(part[rows].to(dtype), z, u).to(y.dtype)
 
     def expand(self, prepared: NativeFactors, index: int, side: int, dtype: torch.dtype) -> torch.Tensor:
         """Side 0 (V^T [r, n]) or 1 (U^T [r, m]) of one factor as a dense matrix, fp32 or bf16."""
         factor = prepared.factors[index]
         rows = factor.out_features if side else factor.in_features
-        dense = torch.zeros(factor.rank, rows, dtype=dtype)
+        dense = torch.empty(factor.rank, -(-rows // PAD) * PAD, dtype=dtype)
         at = prepared.address + index * ctypes.sizeof(FactorStruct)
-        self.kernel.library.dw_dense(at, side, 1, rows, dense.data_ptr(), dtype is torch.bfloat16)
-        return dense
+        self.kernel.library.dw_dense(at, side, dense.data_ptr(), dtype is torch.bfloat16, self.level)
+        return dense[:, :rows]
+
+
+def _run_of(rows: npt.NDArray[np.int64]) -> slice | torch.Tensor:
+    """A slice where the rows follow one another, as those of one prompt do."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)
 
 
 def _side_struct(side: Side | None) -> SideStruct:

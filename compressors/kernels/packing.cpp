@@ -99,32 +99,6 @@ void decode_as(const dw_factor& f, void* entries) {
     if (!f.identity_u) decode_side<Entry, Value>(f.u, f.rank, f.out_features, out);
 }
 
-template <typename Value, typename Number>
-void dense_side(const dw_side& side, int64_t rank, int64_t positions, int64_t by_row, int64_t by_column, Number convert, void* out,
-                int32_t bf16) {
-    for (int64_t k = 0; k < rank; ++k) {
-        const dw_column& c = side.columns[k];
-        const Value* values = static_cast<const Value*>(side.values) + c.values_at;
-        const uint8_t* index = side.index + c.index_at;
-        const auto write = [&](int64_t row, Value value) {
-            const float number = convert(value);
-            const int64_t at = row * by_row + k * by_column;
-            if (bf16) set(static_cast<uint16_t*>(out) + at, number);
-            else static_cast<float*>(out)[at] = number;
-        };
-        if (c.form == DW_DENSE) {
-            for (int64_t i = 0; i < positions; ++i) write(i, values[i]);
-        } else if (c.form == DW_MASK) {
-            for (int64_t i = 0; i < positions; ++i)
-                if (index[i >> 3] >> (i & 7) & 1) write(i, *values++);
-        } else {
-            for (int32_t i = 0; i < c.count; ++i)
-                write(c.form == DW_INDEX16 ? reinterpret_cast<const uint16_t*>(index)[i]
-                                           : reinterpret_cast<const uint32_t*>(index)[i], values[i]);
-        }
-    }
-}
-
 // The finaliser of SplitMix64.
 uint64_t mix(uint64_t z) {
     z ^= z >> 30;
@@ -176,17 +150,6 @@ DW_API void dw_pack(const void* entries, int32_t words, const int64_t* start, in
              void* values, uint8_t* index) {
     if (words) pack_as(static_cast<const uint32_t*>(entries), start, num_columns, kind, columns, values, index);
     else pack_as(static_cast<const Pair*>(entries), start, num_columns, kind, columns, values, index);
-}
-
-// One side (0: v, 1: u) as a zeroed matrix, element [row * by_row + column * by_column]; bf16 != 0: bfloat16, else fp32.
-DW_API void dw_dense(const dw_factor* f, int32_t side, int64_t by_row, int64_t by_column, void* out, int32_t bf16) {
-    const dw_side& from = side ? f->u : f->v;
-    const int64_t rows = side ? f->out_features : f->in_features;
-    const auto plain = [](auto value) { return static_cast<float>(value); };
-    const auto half = [](uint16_t bits) { return upper_half(static_cast<uint32_t>(bits) << 16); };
-    if (f->kind == DW_INT8) dense_side<int8_t>(from, f->rank, rows, by_row, by_column, plain, out, bf16);
-    else if (f->kind == DW_BF16) dense_side<uint16_t>(from, f->rank, rows, by_row, by_column, half, out, bf16);
-    else dense_side<float>(from, f->rank, rows, by_row, by_column, plain, out, bf16);
 }
 
 // The seeded masks of one factor (see compressors/masks.py for the definition): for every column the `keep` rows with the

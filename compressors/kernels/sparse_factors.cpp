@@ -80,7 +80,7 @@ void run_few(Call& call, const Unit& unit, int part) {
     static thread_local Scratch x_scratch, acc_scratch;
     const dw_factor& f = *unit.factor;
     const size_t acc_size = unit.num_rows * padded(f.out_features);
-    float* x = x_scratch.floats(unit.num_rows * padded(f.in_features));
+    float* x = x_scratch.floats((unit.num_rows + FEW) * padded(f.in_features) + FEW * padded(f.out_features));
     float* acc = unit.parts == 1 ? acc_scratch.floats(acc_size) : call.shared + unit.acc_at + part * acc_size;
     const int64_t rank = f.rank;
     const int first = static_cast<int>(rank * part / unit.parts), last = static_cast<int>(rank * (part + 1) / unit.parts);
@@ -211,6 +211,12 @@ DW_API void dw_apply(const dw_group* groups, int64_t num_groups, const void* x, 
     // Always the whole team: a runtime ends the threads that a smaller one leaves out, and makes them anew for torch's next call.
     if (threads > 1 && call.tasks.size() > 1 && worth > ALONE) team(work, &call, static_cast<unsigned>(threads), 0);
     else work(&call);
+}
+
+// One side (0: v, 1: u) of a factor as a matrix, out [rank][positions, padded to PAD]; bf16 != 0: bfloat16, else fp32.
+DW_API void dw_dense(const dw_factor* f, int32_t side, void* out, int32_t bf16, int32_t level) {
+    const size_t stride = padded(side ? f->out_features : f->in_features);
+    level_of(level)->dense(side ? f->u : f->v, f->kind, f->rank, stride, out, bf16);
 }
 
 }  // extern "C"
