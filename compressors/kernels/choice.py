@@ -48,7 +48,7 @@ class Choice:
 #     density .3: 1 row .42/1.2, 8 rows 1.1/1.5; density 1: 1 row .42/.39, 8 rows 1.1/.48
 # From a density of .4 on "whole" columns are worth their bytes. A real delta at ratio 32 (3.3 M entries, of which a half lie in
 # columns under a density of .2, and a third in whole ones) takes 1.6 ms for 1 row and 3.6 ms for 8.
-PORTABLE = Choice(mask_from=2.0, dense_from=0.5, few=((0.9, ALWAYS), (0.5, 16), (0.0, 4)))
+PORTABLE = Choice(mask_from=2.0, dense_from=0.5, few=((0.9, ALWAYS), (0.0, 16)))
 AVX2 = Choice(mask_from=0.25, dense_from=0.4, few=((0.4, 64), (0.0, 16)))
 AVX512 = Choice(mask_from=0.25, dense_from=0.4, few=((0.4, ALWAYS), (0.0, 24)))
 _BY_LEVEL = (PORTABLE, AVX2, AVX512)
@@ -59,5 +59,5 @@ def choose(level: int) -> Choice:
     choice = _BY_LEVEL[level]
     multiplies_bf16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     if level == 2 and multiplies_bf16():
-        return replace(choice, expanded=((0.25, 96), (0.18, 256), (0.14, 512)), dense_bf16=True)
+        return replace(choice, expanded=((0.25, 128), (0.18, 512)), dense_bf16=True)
     return choice

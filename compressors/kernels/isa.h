@@ -17,6 +17,7 @@
 namespace {
 
 #define DW_INLINE static inline __attribute__((always_inline))
+#define DW_APART static __attribute__((noinline))  // a loop that has the registers for itself
 
 struct Bf16 {
     uint16_t bits;

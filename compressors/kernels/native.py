@@ -21,6 +21,8 @@ from compressors.kernels.forms import DENSE, INDEX16, INDEX32, KINDS, MASK, PAD,
 
 LEVELS = ("portable", "avx2", "avx512")
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+# torch compiles a product for every new shape, in almost a millisecond: prompts of any length and all ranks come in a few shapes.
+_RANKS, _BLOCKS = 32, (512, 128)
 _REMEMBERED = 64  # arrays of row numbers
 
 
@@ -118,6 +120,9 @@ class NativeFactors:
     @cached_property
     def address(self) -> int:
         return ctypes.addressof(self.structs)
+
+    def address_of(self, factor: int) -> int:
+        return self.address + factor * ctypes.sizeof(FactorStruct)
 
     def sparse_count(self, rows: int) -> int:
         """How many of the factors, from the first, are not expanded for so many rows."""
@@ -219,12 +224,17 @@ class NativeSparse:
         fields = array("q")
         expanded = []
         for prepared, rows in parts:
-            count = len(rows)
+            count, factors = len(rows), len(prepared.factors)
             sparse = prepared.sparse_count(count)
             if sparse:
                 fields.extend((prepared.address, sparse, self._address(rows), count))
-            if sparse < len(prepared.factors):
-                expanded.append((prepared, sparse, _run_of(rows)))
+            if sparse < factors:
+                done = _blocks(count)[-1][1] if count >= _BLOCKS[-1] else 0
+                if done:
+                    expanded.append((prepared, sparse, _run_of(rows[:done])))
+                if done < count:
+                    rest = rows[done:]
+                    fields.extend((prepared.address_of(sparse), factors - sparse, rest.ctypes.data, count - done))
         if not fields and not expanded:
             return None
         return NativeGroups(fields, len(fields) // 4, fields.buffer_info()[0], expanded, parts)
@@ -267,29 +277,42 @@ class NativeSparse:
         In bf16 where the CPU multiplies it (x . V is rounded to bf16 then, as between two layers), else in fp32.
         """
         dtype = torch.bfloat16 if self.choice.dense_bf16 and y.dtype is torch.bfloat16 else torch.float32
+        x = x.to(dtype)
         for i in range(first, len(prepared.factors)):
             factor = prepared.factors[i]
             coef = torch.from_numpy(factor.coef)
             v = self.expand(prepared, i, 0, dtype)
-            if factor.identity_u:
-                z, u = (x * coef).to(dtype), v.T
-            else:
-                z = ((x.to(dtype) @ v.T).float() * coef).to(dtype)
-                u = self.expand(prepared, i, 1, dtype)
+            u = v.T if factor.identity_u else self.expand(prepared, i, 1, dtype)
+            scale = coef if factor.identity_u else torch.nn.functional.pad(coef, (0, len(v) - len(coef)))
             part = y[:, factor.out_offset : factor.out_offset + factor.out_features]
-            if isinstance(rows, slice) and dtype is y.dtype:
-                part[rows].addmm_(z, u)
-            else:
-                part[rows] = torch.addmm(part[rows].to(dtype), z, u).to(y.dtype)
+            for start, stop in _blocks(len(x)):
+                own = x[start:stop]
+                z = ((own if factor.identity_u else own @ v.T).float() * scale).to(dtype)
+                if isinstance(rows, slice) and dtype is y.dtype:
+                    part[rows.start + start : rows.start + stop].addmm_(z, u)
+                else:
+                    at = slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
+                    part[at] = torch.addmm(part[at].to(dtype), z, u).to(y.dtype)
 
     def expand(self, prepared: NativeFactors, index: int, side: int, dtype: torch.dtype) -> torch.Tensor:
-        """Side 0 (V^T [r, n]) or 1 (U^T [r, m]) of one factor as a dense matrix, fp32 or bf16."""
+        """Side 0 (V^T [r, n]) or 1 (U^T [r, m]) of one factor as a dense matrix, fp32 or bf16; r is padded with zeros to _RANKS."""
         factor = prepared.factors[index]
         rows = factor.out_features if side else factor.in_features
-        dense = torch.empty(factor.rank, -(-rows // PAD) * PAD, dtype=dtype)
-        at = prepared.address + index * ctypes.sizeof(FactorStruct)
-        self.kernel.library.dw_dense(at, side, dense.data_ptr(), dtype is torch.bfloat16, self.level)
+        ranks = factor.rank if factor.identity_u else -(-factor.rank // _RANKS) * _RANKS
+        dense = torch.empty(ranks, -(-rows // PAD) * PAD, dtype=dtype)
+        dense[factor.rank :] = 0
+        self.kernel.library.dw_dense(prepared.address_of(index), side, dense.data_ptr(), dtype is torch.bfloat16, self.level)
         return dense[:, :rows]
+
+
+def _blocks(rows: int) -> list[tuple[int, int]]:
+    """(first row, end) of the blocks that so many rows are multiplied in; the last few rows are in none."""
+    blocks, start = [], 0
+    for size in _BLOCKS:
+        for _ in range((rows - start) // size):
+            blocks.append((start, start + size))
+            start += size
+    return blocks
 
 
 def _run_of(rows: npt.NDArray[np.int64]) -> slice | torch.Tensor:

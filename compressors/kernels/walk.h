@@ -58,7 +58,7 @@ DW_INLINE void dot_block(const dw_column* c, const int* columns, const dw_side& 
 }
 
 template <int T, bool DENSE, typename Value>
-DW_INLINE void dot_chunks(const dw_column* c, const int* columns, int count, const dw_side& side, int chunks, size_t stride,
+DW_APART void dot_chunks(const dw_column* c, const int* columns, int count, const dw_side& side, int chunks, size_t stride,
                           const float* x, float (*z)[T]) {
     constexpr int FIT = Isa::REGISTERS / 2 / T, B = FIT > BLOCK ? BLOCK : FIT < 1 ? 1 : FIT;  // half of the registers hold sums
     int i = 0;
@@ -67,31 +67,59 @@ DW_INLINE void dot_chunks(const dw_column* c, const int* columns, int count, con
 }
 
 // Indexed columns are walked with the rows transposed, [feature][lane], so that an entry costs about the same for 1 row as for 8.
-template <int T>
-struct Lanes;
-template <>
-struct Lanes<1> {
-    static constexpr int N = 1, PARTS = 1;
-    using V = float;
-};
-template <>
-struct Lanes<4> {
-    static constexpr int N = 4, PARTS = 1;
-    typedef float V __attribute__((vector_size(16)));
-};
-template <>
-struct Lanes<2> : Lanes<4> {};
-template <>
-struct Lanes<8> {
-    static constexpr int N = 8;
 #if defined(DW_AVX512) || defined(DW_AVX2)
-    static constexpr int PARTS = 1;
-    typedef float V __attribute__((vector_size(32)));
-#else
-    static constexpr int PARTS = 2;
-    typedef float V __attribute__((vector_size(16)));
-#endif
+struct One {
+    static constexpr int N = 1;
+    using V = float;
+    DW_INLINE V set(float value) { return value; }
+    DW_INLINE V fma(V a, V b, V c) { return __builtin_fmaf(a, b, c); }
 };
+struct Four {
+    static constexpr int N = 4;
+    using V = __m128;
+    DW_INLINE V set(float value) { return _mm_set1_ps(value); }
+    DW_INLINE V fma(V a, V b, V c) { return _mm_fmadd_ps(a, b, c); }
+};
+struct Eight {
+    static constexpr int N = 8;
+    using V = __m256;
+    DW_INLINE V set(float value) { return _mm256_set1_ps(value); }
+    DW_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+};
+#else
+template <int LANES, typename Vector>
+struct Plain {
+    static constexpr int N = LANES;
+    using V = Vector;
+    DW_INLINE V set(float value) { return value - V{}; }
+    DW_INLINE V fma(V a, V b, V c) { return a * b + c; }
+};
+using One = Plain<1, float>;
+using Four = Plain<4, Isa::V>;
+struct Eight {
+    static constexpr int N = 8;
+    struct V {
+        Isa::V low, high;
+        friend V operator+(V a, V b) { return {a.low + b.low, a.high + b.high}; }
+    };
+    DW_INLINE V set(float value) { return {Isa::set(value), Isa::set(value)}; }
+    DW_INLINE V fma(V a, V b, V c) { return {a.low * b.low + c.low, a.high * b.high + c.high}; }
+};
+#endif
+template <int T>
+struct LanesOf {
+    using L = Four;
+};
+template <>
+struct LanesOf<1> {
+    using L = One;
+};
+template <>
+struct LanesOf<8> {
+    using L = Eight;
+};
+template <int T>
+using Lanes = typename LanesOf<T>::L;
 
 template <typename V>
 DW_INLINE V lanes_at(const float* p) {
@@ -102,58 +130,47 @@ DW_INLINE V lanes_at(const float* p) {
 
 // z[t] = x[t] . column; x is [feature][lane].
 template <int T, typename Value, typename Index>
-DW_INLINE void dot_index(const Value* values, const Index* at, int32_t count, const float* x, float* z) {
+DW_APART void dot_index(const Value* values, const Index* at, int32_t count, const float* x, float* z) {
     using L = Lanes<T>;
     using V = typename L::V;
-    constexpr int STEP = sizeof(V) / sizeof(float);
-    V sum[4][L::PARTS] = {};
+    V sum[4] = {};
     int32_t i = 0;
-    if constexpr (T == 1) {
-        for (; i + Isa::W <= count; i += Isa::W) {
-            float block[Isa::W];
-            Isa::store(block, Isa::dense(values + i));
-            for (int j = 0; j < Isa::W; ++j) sum[j % 4][0] += block[j] * x[at[i + j]];
-        }
+    for (; i + Isa::W <= count; i += Isa::W) {
+        float block[Isa::W];
+        Isa::store(block, Isa::dense(values + i));
+        for (int j = 0; j < Isa::W; ++j)
+            sum[j % 4] = L::fma(L::set(block[j]), lanes_at<V>(x + static_cast<size_t>(at[i + j]) * L::N), sum[j % 4]);
     }
-    for (; i + 4 <= count; i += 4)
-        for (int j = 0; j < 4; ++j)
-            for (int p = 0; p < L::PARTS; ++p)
-                sum[j][p] += number(values[i + j]) * lanes_at<V>(x + static_cast<size_t>(at[i + j]) * L::N + p * STEP);
-    for (; i < count; ++i)
-        for (int p = 0; p < L::PARTS; ++p) sum[0][p] += number(values[i]) * lanes_at<V>(x + static_cast<size_t>(at[i]) * L::N + p * STEP);
-    float all[L::N];
-    for (int p = 0; p < L::PARTS; ++p) {
-        const V whole = (sum[0][p] + sum[1][p]) + (sum[2][p] + sum[3][p]);
-        std::memcpy(all + p * STEP, &whole, sizeof(V));
-    }
-    for (int t = 0; t < T; ++t) z[t] = all[t];
+    for (; i < count; ++i) sum[0] = L::fma(L::set(number(values[i])), lanes_at<V>(x + static_cast<size_t>(at[i]) * L::N), sum[0]);
+    const V whole = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    std::memcpy(z, &whole, sizeof(float) * T);
 }
 
 // acc[position][lane] += z[lane] * column.
 template <int T, typename Value, typename Index>
-DW_INLINE void spread_index(const Value* values, const Index* at, int32_t count, const float* z, float* acc) {
+DW_APART void spread_index(const Value* values, const Index* at, int32_t count, const float* z, float* acc) {
     using L = Lanes<T>;
     using V = typename L::V;
-    constexpr int STEP = sizeof(V) / sizeof(float);
-    float all[L::N] = {};
-    for (int t = 0; t < T; ++t) all[t] = z[t];
-    V scale[L::PARTS];
-    for (int p = 0; p < L::PARTS; ++p) scale[p] = lanes_at<V>(all + p * STEP);
+    constexpr int STEP = T == 1 ? Isa::W : 4;  // positions of one column differ, so no update waits for another
+    V scale = {};
+    std::memcpy(&scale, z, sizeof(float) * T);
     int32_t i = 0;
-    if constexpr (T == 1) {
-        for (; i + Isa::W <= count; i += Isa::W) {
-            float block[Isa::W], updated[Isa::W];  // positions of one column differ, so no update waits for another
-            Isa::store(block, Isa::dense(values + i));
-            for (int j = 0; j < Isa::W; ++j) updated[j] = acc[at[i + j]] + block[j] * z[0];
-            for (int j = 0; j < Isa::W; ++j) acc[at[i + j]] = updated[j];
+    for (; i + Isa::W <= count; i += Isa::W) {
+        float block[Isa::W];
+        Isa::store(block, Isa::dense(values + i));
+        for (int first = 0; first < Isa::W; first += STEP) {
+            V updated[STEP];
+            for (int j = 0; j < STEP; ++j)
+                updated[j] = L::fma(L::set(block[first + j]), scale, lanes_at<V>(acc + static_cast<size_t>(at[i + first + j]) * L::N));
+            for (int j = 0; j < STEP; ++j)
+                std::memcpy(acc + static_cast<size_t>(at[i + first + j]) * L::N, &updated[j], sizeof(V));
         }
     }
-    for (; i < count; ++i)
-        for (int p = 0; p < L::PARTS; ++p) {
-            float* sums = acc + static_cast<size_t>(at[i]) * L::N + p * STEP;
-            const V sum = lanes_at<V>(sums) + number(values[i]) * scale[p];
-            std::memcpy(sums, &sum, sizeof(V));
-        }
+    for (; i < count; ++i) {
+        float* sums = acc + static_cast<size_t>(at[i]) * L::N;
+        const V sum = L::fma(L::set(number(values[i])), scale, lanes_at<V>(sums));
+        std::memcpy(sums, &sum, sizeof(V));
+    }
 }
 
 // [row][stride] to [feature][lane], the lanes beyond T zero.
@@ -227,9 +244,9 @@ DW_INLINE void spread_block(const dw_column* c, const int* columns, const dw_sid
     using V = Isa::V;
     const Value* at[B];
     const uint8_t* index[B];
-    float scale[B][T];  // a copy, which no store to acc can be thought to change
+    const float* scale[B];
     for (int b = 0; b < B; ++b) {
-        for (int t = 0; t < T; ++t) scale[b][t] = z[columns[b]][t];
+        scale[b] = z[columns[b]];
         at[b] = DENSE ? static_cast<const Value*>(side.values) + c[columns[b]].values_at : values[b];
         index[b] = side.index + c[columns[b]].index_at;
     }
@@ -247,7 +264,7 @@ DW_INLINE void spread_block(const dw_column* c, const int* columns, const dw_sid
 }
 
 template <int T, bool DENSE, typename Value>
-DW_INLINE void spread_chunks(const dw_column* c, const int* columns, int count, const dw_side& side, int chunks, size_t stride,
+DW_APART void spread_chunks(const dw_column* c, const int* columns, int count, const dw_side& side, int chunks, size_t stride,
                              const float (*z)[T], float* acc) {
     const Value* values[GROUP];
     for (int i = 0; i < count; ++i) values[i] = static_cast<const Value*>(side.values) + c[columns[i]].values_at;
@@ -262,7 +279,7 @@ DW_INLINE void spread_chunks(const dw_column* c, const int* columns, int count, 
 }
 
 template <int T, typename Value, typename Index>
-DW_INLINE void spread_index(const Value* values, const Index* at, int32_t count, size_t stride, const float* z, float* acc) {
+DW_APART void spread_index(const Value* values, const Index* at, int32_t count, size_t stride, const float* z, float* acc) {
     int32_t i = 0;
     for (; i + Isa::W <= count; i += Isa::W) {
         float block[Isa::W];
