@@ -1,8 +1,8 @@
 """The ASGI application: a literal table of routes over the collaborators that it is given. No globals, no torch."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeAlias
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -10,14 +10,17 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server import errors
-from server.access import AccessMiddleware
+from server.access import AccessMiddleware, App, Receive, Send
 from server.auth import Keyring, require_admin, require_inference
 from server.routes import artifacts, generation, health, models
 from server.routes.context import Context
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
 
-ROUTES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+Route: TypeAlias = tuple[str, str, str, Callable[..., Any]]
+Table: TypeAlias = tuple[Route, ...]
+
+ROUTES: Table = (
     (PUBLIC, "GET", "/health/live", health.live),
     (PUBLIC, "GET", "/health/ready", health.ready),
     (PUBLIC, "GET", "/metrics", health.metrics),
@@ -56,11 +59,11 @@ ROUTES: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 GUARDS = {PUBLIC: [], INFERENCE: [Depends(require_inference)], ADMIN: [Depends(require_admin)]}
 
 
-def create_app(context: Context, keyring: Keyring) -> FastAPI:
+def create_app(context: Context, keyring: Keyring, table: Table = ROUTES) -> FastAPI:
     app = FastAPI(title="Deltaworks", openapi_url=None, redirect_slashes=False)
     app.state.context = context
     app.state.keyring = keyring
-    app.router.routes.extend(_routes())
+    app.router.routes.extend(_routes(table))
     for kind in (*errors.TABLE, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, errors.answer)
     app.add_middleware(AccessMiddleware, telemetry=context.telemetry)
@@ -68,8 +71,29 @@ def create_app(context: Context, keyring: Keyring) -> FastAPI:
 
 
 @functools.cache  # the handlers' signatures are read once, not per application: they know no application
-def _routes() -> tuple[APIRoute, ...]:
+def _routes(table: Table) -> tuple[APIRoute, ...]:
     return tuple(
         APIRoute(path, handler, methods=[method], dependencies=GUARDS[access], response_model=None)
-        for access, method, path, handler in ROUTES
+        for access, method, path, handler in table
     )
+
+
+def split_app(context: Context, keyring: Keyring, admin_port: int) -> App:
+    """Two applications over the same collaborators, told apart by the port that a connection came to.
+
+    The admin plane is at `admin_port` and nowhere else; that port has no other routes than it and the public ones.
+    """
+    rest = create_app(context, keyring, tuple(route for route in ROUTES if not _of_admin_plane(route)))
+    admin = create_app(
+        context, keyring, tuple(route for route in ROUTES if route[0] == PUBLIC or _of_admin_plane(route))
+    )
+
+    async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        # The socket's own address, never what a header says.
+        await (admin if scope["server"][1] == admin_port else rest)(scope, receive, send)
+
+    return app
+
+
+def _of_admin_plane(route: Route) -> bool:
+    return route[2].startswith("/v1/admin/")

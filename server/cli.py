@@ -21,6 +21,7 @@ GROUP = "deltaworks.commands"
 SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ("--host", "server", "host", str, "address to listen on"),
     ("--port", "server", "port", int, "port to listen on; 0 picks a free one"),
+    ("--admin-port", "server", "admin_port", int, "port of the admin plane alone (default: on --port)"),
     ("--served-name", "server", "served_name", str, "id of the base in the API (default: the folder's name)"),
     ("--store", "store", "path", Path, "folder of the artifact store"),
     ("--api-key-file", "auth", "api_key_file", Path, "file of keys that may infer, one a line (default: open)"),

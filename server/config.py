@@ -36,6 +36,7 @@ class Section(BaseModel):
 class ServerSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    admin_port: int | None = Field(default=None, ge=0, le=65535)  # the admin plane alone listens here; None: on `port`
     served_name: str | None = None  # id of the base in /v1/models; default: the base folder's name
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_upload_bytes: int = Field(default=8 << 30, ge=1024)
@@ -43,6 +44,12 @@ class ServerSettings(Section):
         default=4096, ge=1
     )  # where a request names no limit: this, or what the context leaves
     shutdown_timeout_s: int = Field(default=30, ge=0)  # running requests may finish this long after SIGTERM
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError("admin_port is port; leave it out to serve the admin plane there")
+        return self
 
 
 class StoreSettings(Section):
@@ -69,6 +76,13 @@ class EngineSettings(Section):
         "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds
     )
     threads: int | None = Field(default=None, ge=1)
+    vllm: dict[str, Any] = {}  # vLLM's own engine arguments by their names, handed on (engine/flags.py)
+
+    @model_validator(mode="after")
+    def _no_secret_is_passed_on(self) -> Self:
+        if "hf_token" in self.vllm:
+            raise ValueError("vllm.hf_token is a secret; set HF_TOKEN in the environment instead")
+        return self
 
 
 class AuthSettings(Section):

@@ -11,7 +11,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +22,7 @@ from compressors.errors import ArtifactError, DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
-from server.app import create_app
+from server.app import create_app, split_app
 from server.artifacts.checks import (
     Checks,
     Shape,
@@ -34,10 +34,12 @@ from server.artifacts.checks import (
     token_ids,
 )
 from server.artifacts.store import Store, StoreError
+from server.auth import Keyring
 from server.config import ServerSettings, Settings
 from server.engine.base import EngineError
 from server.gateway import Gateway
 from server.prompt import HuggingFaceTokenizer, TokenizerError
+from server.routes.context import Context
 from server.telemetry import log_json
 from server.tool_template import ToolTemplateError
 from server.wiring import Base, wire
@@ -51,26 +53,34 @@ def serve(model: str, settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
     store = Store(settings.store.path, settings.store.max_bytes)
     try:
-        with _listening(settings.server) as listener, contextlib.closing(store):
+        with _listening(settings.server) as listeners, contextlib.closing(store):
             store.open()
-            app, gateway = _build(resolve_base(model), settings, store)
-            return asyncio.run(_run(app, gateway, listener, settings.server))
+            context, keyring = _build(resolve_base(model), settings, store)
+            app = _app(context, keyring, listeners)
+            return asyncio.run(_run(app, context.gateway, listeners, settings.server))
     except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 @contextlib.contextmanager
-def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
-    """The socket, taken before anything slow starts. Raises PortError."""
+def _listening(settings: ServerSettings) -> Iterator[tuple[socket.socket, ...]]:
+    """The API's socket and, where it has a port, the admin plane's; taken before anything slow starts. Raises PortError."""
+    with contextlib.ExitStack() as taken:
+        listeners = [taken.enter_context(_listen(settings.host, settings.port, "--port"))]
+        if settings.admin_port is not None:
+            listeners.append(taken.enter_context(_listen(settings.host, settings.admin_port, "--admin-port")))
+        yield tuple(listeners)
+
+
+def _listen(host: str, port: int, flag: str) -> socket.socket:
+    """Raises PortError."""
     try:
-        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+        return socket.create_server((host, port), backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise PortError(f"port {settings.port} on {settings.host} is in use; choose another with --port") from error
-        raise PortError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
-    with listener:
-        yield listener
+            raise PortError(f"port {port} on {host} is in use; choose another with {flag}") from error
+        raise PortError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 def verifier(folder: Path) -> tuple[str, Verify]:
@@ -106,14 +116,19 @@ def checks_for(folder: Path) -> tuple[str, Checks]:
     )
 
 
-def _build(folder: Path, settings: Settings, store: Store) -> tuple[App, Gateway]:
+def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keyring]:
     from server.engine.vllm import VLLMEngine
 
     tokenizer = HuggingFaceTokenizer(folder)
     base_fingerprint, checks = checks_for(folder)
     base = Base(settings.server.served_name or folder.resolve().name, base_fingerprint)
-    context, keyring = wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, checks)
-    return create_app(context, keyring), context.gateway
+    return wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, checks)
+
+
+def _app(context: Context, keyring: Keyring, listeners: Sequence[socket.socket]) -> App:
+    if len(listeners) == 1:
+        return create_app(context, keyring)
+    return split_app(context, keyring, listeners[1].getsockname()[1])
 
 
 class _Server(uvicorn.Server):
@@ -128,7 +143,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-async def _run(app: App, gateway: Gateway, listener: socket.socket, settings: ServerSettings) -> int:
+async def _run(app: App, gateway: Gateway, listeners: Sequence[socket.socket], settings: ServerSettings) -> int:
     log_json()
     config = uvicorn.Config(
         app,
@@ -139,12 +154,14 @@ async def _run(app: App, gateway: Gateway, listener: socket.socket, settings: Se
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
     server = _Server(config, gateway)
-    host, port = listener.getsockname()[:2]
+    (host, port), *admin = [listener.getsockname()[:2] for listener in listeners]
     print(f"listening on http://{host}:{port}, the model is loading", flush=True)
+    for admin_host, admin_port in admin:
+        print(f"admin plane on http://{admin_host}:{admin_port}", flush=True)
     # uvicorn raises a caught signal again when it has stopped; the engine has to be stopped after that.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=list(listeners)))
     starting = asyncio.create_task(gateway.start())
     status = 0
     try:

@@ -32,6 +32,7 @@ from server.engine.base import (
     GrammarError,
     LayerReport,
 )
+from server.engine.flags import passed_on
 from server.engine.worker.positions import EditedRequest, Positions
 
 if TYPE_CHECKING:
@@ -212,14 +213,19 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.ompmultiprocessing import OMPProcessManager
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor import Executor
         from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         from server.engine.worker.compat import IncompatibleEngineError, check
 
         try:
             check()
-            args = AsyncEngineArgs(**engine_arguments(self._base, self._settings))
+            ours = engine_arguments(self._base, self._settings)
+            args = AsyncEngineArgs(**ours, **passed_on(self._settings.vllm, ours))
             config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            if config.parallel_config.world_size > 1:  # vLLM's own flags ask for more workers, and vLLM starts them
+                self._llm = AsyncLLM(config, Executor.get_class(config), log_stats=False, log_requests=False)
+                return
             # The worker lives in the engine's process on CPUs too: one import and one hop less. vLLM asks for a process
             # of the worker's own there, to give it OMP's variables; we give them to the engine's process, which is spawned.
             with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):

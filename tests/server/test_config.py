@@ -26,6 +26,8 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> N
     [
         ("[server]\nprot = 1", {}, r"unknown setting 'server.prot' \(did you mean 'port'\?\)"),
         ("[sever]\nport = 1", {}, r"unknown setting 'sever' \(did you mean 'server'\?\)"),
+        ("[server]\nadmin_port = 8000", {}, "admin_port is port"),
+        ('[engine.vllm]\nhf_token = "secret"', {}, "set HF_TOKEN in the environment"),
         ("[engine]\nzzz = 1", {}, r"unknown setting 'engine.zzz' \(known: dtype"),
         ("port = 1", {}, "must be a section"),
         ("[server]\nport = 99999", {}, "setting 'server.port'"),
@@ -65,6 +67,16 @@ def test_section_of_a_section_is_overridden_key_by_key_and_printed(tmp_path: Pat
     settings = load_settings(file, environ, {"steering": {"default": {"strength": 2}}})
     assert settings.steering.default is not None
     assert (settings.steering.default.profile, settings.steering.default.strength) == ("q", 2)
+    file.write_text(settings.to_toml())
+    assert load_settings(file, {}, {}) == settings
+
+
+def test_vllm_arguments_come_from_file_and_environment_and_are_printed(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("[engine.vllm]\ntensor_parallel_size = 2\nhf_overrides = {rope_theta = 1.5}\n")
+    settings = load_settings(file, {"DELTAWORKS__ENGINE__VLLM__KV_CACHE_DTYPE": "fp8"}, {})
+    passed = {"tensor_parallel_size": 2, "hf_overrides": {"rope_theta": 1.5}, "kv_cache_dtype": "fp8"}
+    assert settings.engine.vllm == passed
     file.write_text(settings.to_toml())
     assert load_settings(file, {}, {}) == settings
 

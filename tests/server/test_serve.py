@@ -33,6 +33,13 @@ def test_port_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "store").exists()
 
 
+def test_admin_port_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve("--admin-port", str(port)) == 1
+    assert f"error: port {port} on 127.0.0.1 is in use; choose another with --admin-port" in capsys.readouterr().err
+
+
 def test_store_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.open()
@@ -83,6 +90,26 @@ def test_print_config_shows_flags_and_starts_nothing(
     assert not (tmp_path / "store").exists()
 
 
+def test_s07_no_secret_in_print_config_or_in_what_refuses_settings(
+    serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("# users\ncanary-in-a-file\n")
+    monkeypatch.setenv("DELTAWORKS__AUTH__API_KEYS", "canary-api, canary-second")
+    monkeypatch.setenv("DELTAWORKS__AUTH__ADMIN_KEYS", "canary-admin")
+    keys = ("--api-key-file", str(tmp_path / "keys"), "--admin-key-file", str(tmp_path / "keys"))
+    assert serve(*keys, "--print-config") == 0
+    printed = capsys.readouterr().out
+    assert "canary" not in printed
+    assert printed.count('"**********"') == 5
+    for name in ("AUTH__ADMIN_KEYZ", "AUTH__ADMIN_KEY_FILE__X", "ENGINE__VLLM__HF_TOKEN"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"DELTAWORKS__{name}", "canary-misplaced")
+            assert serve("--print-config") == 1
+        said = capsys.readouterr()
+        assert "error: " in said.err
+        assert "canary" not in said.out + said.err
+
+
 def test_bad_setting_is_one_line(
     serve: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +122,6 @@ PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from server import serve
-from server.app import create_app
 from server.artifacts.checks import Checks
 from server.artifacts.store import Store
 from server.config import Settings
@@ -120,11 +146,12 @@ class Engine:
 
 store = Store(Path(sys.argv[1], "store"))
 settings = Settings()
-with serve._listening(settings.server.model_copy(update={"port": 0})) as listener:
+ports = {"port": 0, "admin_port": 0 if sys.argv[2] == "split" else None}
+with serve._listening(settings.server.model_copy(update=ports)) as listeners:
     store.open()
     context, keyring = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
-    app = create_app(context, keyring)
-    status = asyncio.run(serve._run(app, context.gateway, listener, settings.server))
+    app = serve._app(context, keyring, listeners)
+    status = asyncio.run(serve._run(app, context.gateway, listeners, settings.server))
     store.close()
 sys.exit(status)
 """
@@ -176,6 +203,23 @@ def test_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str]
     assert out.endswith("engine stopped\n")
     records = [json.loads(line) for line in err.splitlines()]
     assert [record["status"] for record in records if record.get("route") == "/v1/completions"] == [200]
+
+
+@pytest.mark.parametrize("process", ["split"], indirect=True)
+def test_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    url = first_url(process)
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    assert said.startswith("admin plane on http://127.0.0.1:")
+    admin = said.split()[-1]
+    (tmp_path / "go").touch()
+    for there in (url, admin):
+        until(f"{there}/health/ready", 200)
+    host = {"host": admin.removeprefix("http://"), "x-forwarded-port": admin.rpartition(":")[2]}
+    assert httpx.get(f"{url}/v1/admin/status", headers=host).json()["error"]["code"] == "route_not_found"
+    assert httpx.get(f"{admin}/v1/admin/status").json()["error"]["code"] == "admin_disabled"
+    assert httpx.get(f"{url}/v1/models").status_code == 200
+    assert httpx.get(f"{admin}/v1/models").json()["error"]["code"] == "route_not_found"
 
 
 @pytest.mark.parametrize("process", ["load"], indirect=True)
