@@ -301,7 +301,9 @@ class NativeSparse:
         ranks = factor.rank if factor.identity_u else -(-factor.rank // _RANKS) * _RANKS
         dense = torch.empty(ranks, -(-rows // PAD) * PAD, dtype=dtype)
         dense[factor.rank :] = 0
-        self.kernel.library.dw_dense(prepared.address_of(index), side, dense.data_ptr(), dtype is torch.bfloat16, self.level)
+        self.kernel.library.dw_dense(
+            prepared.address_of(index), side, dense.data_ptr(), dtype is torch.bfloat16, self.level
+        )
         return dense[:, :rows]
 
 
