@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 
 from server import errors
 from server.access import AccessMiddleware, App, Receive, Send
-from server.auth import Keyring, require_admin, require_inference
-from server.routes import artifacts, generation, health, models
+from server.auth import require_admin, require_inference
+from server.keys import Keys
+from server.routes import artifacts, generation, health, models, operation
 from server.routes.context import Context
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
@@ -53,16 +54,18 @@ ROUTES: Table = (
     (ADMIN, "POST", "/v1/admin/deltas/{name}/pin", artifacts.pin),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/unpin", artifacts.unpin),
     (ADMIN, "GET", "/v1/admin/status", artifacts.status),
+    (ADMIN, "POST", "/v1/admin/drain", operation.drain),
+    (ADMIN, "POST", "/v1/admin/resume", operation.resume),
 )
 
 
 GUARDS = {PUBLIC: [], INFERENCE: [Depends(require_inference)], ADMIN: [Depends(require_admin)]}
 
 
-def create_app(context: Context, keyring: Keyring, table: Table = ROUTES) -> FastAPI:
+def create_app(context: Context, keys: Keys, table: Table = ROUTES) -> FastAPI:
     app = FastAPI(title="Deltaworks", openapi_url=None, redirect_slashes=False)
     app.state.context = context
-    app.state.keyring = keyring
+    app.state.keys = keys
     app.router.routes.extend(_routes(table))
     for kind in (*errors.TABLE, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, errors.answer)
@@ -78,15 +81,13 @@ def _routes(table: Table) -> tuple[APIRoute, ...]:
     )
 
 
-def split_app(context: Context, keyring: Keyring, admin_port: int) -> App:
+def split_app(context: Context, keys: Keys, admin_port: int) -> App:
     """Two applications over the same collaborators, told apart by the port that a connection came to.
 
     The admin plane is at `admin_port` and nowhere else; that port has no other routes than it and the public ones.
     """
-    rest = create_app(context, keyring, tuple(route for route in ROUTES if not _of_admin_plane(route)))
-    admin = create_app(
-        context, keyring, tuple(route for route in ROUTES if route[0] == PUBLIC or _of_admin_plane(route))
-    )
+    rest = create_app(context, keys, tuple(route for route in ROUTES if not _of_admin_plane(route)))
+    admin = create_app(context, keys, tuple(route for route in ROUTES if route[0] == PUBLIC or _of_admin_plane(route)))
 
     async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         # The socket's own address, never what a header says.

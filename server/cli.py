@@ -26,6 +26,13 @@ SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ("--store", "store", "path", Path, "folder of the artifact store"),
     ("--api-key-file", "auth", "api_key_file", Path, "file of keys that may infer, one a line (default: open)"),
     ("--admin-key-file", "auth", "admin_key_file", Path, "file of keys that may administer (default: admin closed)"),
+    (
+        "--key-file",
+        "auth",
+        "key_file",
+        Path,
+        "TOML file of named keys with scopes, deltas and limits (deltaworks keys)",
+    ),
     ("--dtype", "engine", "dtype", str, "auto, bfloat16 or float32"),
     ("--max-model-len", "engine", "max_model_len", int, "tokens of prompt and completion together"),
     (
@@ -69,6 +76,12 @@ def add_bench(subparsers: "Subparsers") -> None:
     add_parser(subparsers)
 
 
+def add_keys(subparsers: "Subparsers") -> None:
+    from server.keys_cli import add_parser
+
+    add_parser(subparsers)
+
+
 def run_serve(args: argparse.Namespace) -> int:
     flags: dict[str, dict[str, Any]] = {}
     for flag, section, key, _, _ in SERVE_FLAGS:
@@ -107,7 +120,7 @@ def run_demo(args: argparse.Namespace) -> int:
     return demo(args.deltas, args.port, args.once)
 
 
-OWN: dict[str, AddParser] = {"bench": add_bench, "demo": add_demo, "serve": add_serve}
+OWN: dict[str, AddParser] = {"bench": add_bench, "demo": add_demo, "keys": add_keys, "serve": add_serve}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,10 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from server.core import GateMode
+from server.keys import Caller, Key, KeyLimits, Scope, as_stored
 
 ENV_PREFIX = "DELTAWORKS__"
 
@@ -26,7 +36,11 @@ def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_commas)]
+def _hashed(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    return tuple(SecretStr(as_stored(key.get_secret_value())) for key in keys)
+
+
+KeyList = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_commas), AfterValidator(_hashed)]
 
 
 class Section(BaseModel):
@@ -43,6 +57,11 @@ class ServerSettings(Section):
     default_max_tokens: int = Field(
         default=4096, ge=1
     )  # where a request names no limit: this, or what the context leaves
+    # From the request's arrival to the end of its answer; None: as long as the client stays. x-request-timeout-ms asks for less.
+    request_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    body_timeout_s: float = Field(default=30.0, gt=0)  # for a body, and for every 64 KiB of an upload
+    header_timeout_s: float = Field(default=10.0, gt=0)  # for a connection to bring the head of a request
+    max_header_bytes: int = Field(default=64 << 10, ge=1024)  # of that head
     shutdown_timeout_s: int = Field(default=30, ge=0)  # running requests may finish this long after SIGTERM
 
     @model_validator(mode="after")
@@ -55,6 +74,14 @@ class ServerSettings(Section):
 class StoreSettings(Section):
     path: Path = Path("~/.local/share/deltaworks/store")
     max_bytes: int | None = Field(default=None, ge=1024)  # of all artifacts on the disk; None: what the disk has
+
+
+class RestartSettings(Section):
+    """Of an engine that died by itself; the wait doubles with every death in a row, to a minute at most."""
+
+    max_restarts: int = Field(default=5, ge=0)  # in a row; then the engine is given up and /health/live turns red
+    backoff_s: float = Field(default=1.0, ge=0, le=60)  # before the first restart
+    reset_s: float = Field(default=120.0, ge=0)  # an engine that was up for that long has not died in a row
 
 
 class EngineSettings(Section):
@@ -76,6 +103,7 @@ class EngineSettings(Section):
         "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds
     )
     threads: int | None = Field(default=None, ge=1)
+    restart: RestartSettings = RestartSettings()
     vllm: dict[str, Any] = {}  # vLLM's own engine arguments by their names, handed on (engine/flags.py)
 
     @model_validator(mode="after")
@@ -85,16 +113,46 @@ class EngineSettings(Section):
         return self
 
 
-class AuthSettings(Section):
-    """No api_keys: inference is open. No admin_keys: the admin plane is closed."""
+class KeySettings(Section):
+    """A key with a name, in a file of `[[keys]]` (`deltaworks keys new` writes one)."""
 
-    api_keys: Keys = ()
-    admin_keys: Keys = ()
-    api_key_file: Path | None = None  # one key a line
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # what the log calls it
+    hash: str = Field(pattern=r"^sha256:[0-9a-f]{64}$", repr=False)  # of the key; `deltaworks keys hash`
+    scopes: frozenset[Scope] = Field(default=frozenset({"inference"}), min_length=1)
+    deltas: tuple[str, ...] | None = (
+        None  # names that it may use, or patterns of them with *; None: all. The base: always
+    )
+    max_concurrent: int | None = Field(default=None, ge=1)  # rows in flight
+    max_queued_tokens: int | None = Field(default=None, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+
+    def key(self) -> Key:
+        limits = KeyLimits(self.max_concurrent, self.max_queued_tokens, self.requests_per_minute)
+        return Key(self.hash, Caller(self.id, self.scopes, self.deltas, limits))
+
+
+class AuthSettings(Section):
+    """No key that may infer: inference is open. No key that may administer: the admin plane is closed. Kept as hashes."""
+
+    api_keys: KeyList = ()
+    admin_keys: KeyList = ()  # these may infer too
+    api_key_file: Path | None = None  # one key a line, or its hash
     admin_key_file: Path | None = None
+    key_file: Path | None = None  # TOML: `[[keys]]`, as KeySettings
+    keys: tuple[KeySettings, ...] = Field(default=(), exclude=True)
+
+    @model_validator(mode="after")
+    def _keys_are_different(self) -> Self:
+        ids = [key.id for key in self.keys]
+        hashes = [key.hash for key in self.keys] + [key.get_secret_value() for key in self.api_keys + self.admin_keys]
+        again = [key.id for key in self.keys if ids.count(key.id) > 1 or hashes.count(key.hash) > 1]
+        if again:
+            raise ValueError(f"the key {again[0]!r} is given twice, by name or by hash")
+        return self
 
 
 class AdmissionSettings(Section):
+    max_running: int | None = Field(default=None, ge=1)  # rows with the engine; None: max_num_seqs and an eighth more
     max_concurrent: int = Field(default=256, ge=1)  # rows in flight: prompts times n
     max_queued_tokens: int = Field(default=262_144, ge=1)  # prompt tokens still waiting for their first output token
     delta_wait_s: float = Field(default=30.0, ge=0)  # how long a request waits for room for its delta
@@ -180,11 +238,11 @@ def load_settings(file: Path | None, environ: Mapping[str, str], flags: Mapping[
             if not isinstance(values, Mapping):
                 raise SettingsError(f"{section!r} must be a section, written [{section}]{_near(section, ())}")
             _merge(merged.setdefault(section, {}), values)
+    _add_keys(merged.setdefault("auth", {}))
     try:
-        settings = Settings.model_validate(merged)
+        return Settings.model_validate(merged)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
-    return _with_key_files(settings)
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -196,11 +254,11 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def _read_file(file: Path, what: str = "settings file") -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"cannot read the settings file {file}: {error}") from error
+        raise SettingsError(f"cannot read the {what} {file}: {error}") from error
 
 
 def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -219,7 +277,7 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 def _near(key: str, parents: Sequence[object]) -> str:
     section: type[BaseModel] | None = Settings
-    for parent in parents:
+    for parent in (parent for parent in parents if not isinstance(parent, int)):
         field = section.model_fields.get(str(parent)) if section else None
         section = _section_type(field.annotation) if field else None
     known = list(section.model_fields) if section else []
@@ -241,20 +299,26 @@ def _explain(detail: ErrorDetails) -> str:
     return f"setting {name!r}: {detail['msg']}"
 
 
-def _with_key_files(settings: Settings) -> Settings:
-    auth = settings.auth
-    api, admin = auth.api_keys + _read_keys(auth.api_key_file), auth.admin_keys + _read_keys(auth.admin_key_file)
-    return settings.model_copy(update={"auth": auth.model_copy(update={"api_keys": api, "admin_keys": admin})})
+def _add_keys(auth: dict[str, Any]) -> None:
+    """Put what the key files hold into the section that names them."""
+    for keys, file in (("api_keys", "api_key_file"), ("admin_keys", "admin_key_file")):
+        if isinstance(auth.get(file), str | Path):
+            given = auth.get(keys, ())
+            listed = given.split(",") if isinstance(given, str) else given
+            auth[keys] = [*(key.strip() for key in listed if key.strip()), *_read_keys(Path(auth[file]))]
+    if isinstance(auth.get("key_file"), str | Path):
+        found = _read_file(Path(auth["key_file"]).expanduser(), "key file")
+        if not found.get("keys") or set(found) != {"keys"}:
+            raise SettingsError(f"the key file {auth['key_file']} must hold [[keys]] and nothing else")
+        auth["keys"] = [*auth.get("keys", ()), *found["keys"]]
 
 
-def _read_keys(file: Path | None) -> tuple[SecretStr, ...]:
-    if file is None:
-        return ()
+def _read_keys(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.expanduser().read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the key file {file}: {error}") from error
-    keys = tuple(SecretStr(line) for line in lines if line and not line.startswith("#"))
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise SettingsError(f"the key file {file} holds no key; a file that protects nothing is surely a mistake")
     return keys

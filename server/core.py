@@ -11,7 +11,7 @@ class GatewayError(Exception):
     `param` names the request field at fault; `retry_after_s` is set where trying again soon may help.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.param = param
         self.retry_after_s = retry_after_s

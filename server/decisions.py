@@ -119,6 +119,7 @@ class Decisions:
     delta_digest: str | None = None
     base_fingerprint: str | None = None
     template_sha256: str | None = None  # of the template that renders the request; None for a prompt of plain text
+    queue_s: float | None = None  # waited for its turn
     delta_wait_s: float | None = None
     ttft_s: float | None = None
     total_s: float | None = None

@@ -7,6 +7,7 @@ SteeringError       steering/errors.py
 HTTPException       routing's own 404 and 405, in the same shape
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from compressors import errors as delta_errors
-from server import admission, auth, core, gateway, prompt, proof, wire
+from server import admission, auth, core, deadline, gateway, prompt, proof, supervisor, wire
 from server import steering as plans
 from server.artifacts import delta_pool, lifecycle, pool, registry, store
 from server.engine import base as engine
@@ -47,7 +48,7 @@ class Problem:
 
 
 REQUEST, CONFLICT, STORAGE = "invalid_request_error", "conflict_error", "storage_error"
-UNAVAILABLE = "service_unavailable_error"
+UNAVAILABLE, RATE = "service_unavailable_error", "rate_limit_error"
 
 TABLE: dict[type[Exception], Mapping] = {
     core.GatewayError: Mapping(500, "server_error", "internal_error", "internal error"),
@@ -67,6 +68,7 @@ TABLE: dict[type[Exception], Mapping] = {
     auth.InsufficientScope: Mapping(403, "permission_error", "insufficient_scope"),
     registry.ModelNotFound: Mapping(404, "not_found_error", "model_not_found"),
     registry.NameNotFound: Mapping(404, "not_found_error", "{kind}_not_found"),
+    body.BodyTimeout: Mapping(408, "timeout_error", "body_timeout"),
     registry.GenerationMismatch: Mapping(409, CONFLICT, "{kind}_generation_mismatch"),
     pool.ArtifactInUse: Mapping(409, CONFLICT, "{kind}_in_use"),
     lifecycle.ArtifactPinned: Mapping(409, CONFLICT, "{kind}_pinned"),
@@ -74,13 +76,16 @@ TABLE: dict[type[Exception], Mapping] = {
     plans.BaseMismatch: Mapping(409, CONFLICT, "{kind}_base_mismatch"),
     proof.EditNotApplied: Mapping(409, CONFLICT, "edit_not_applied"),
     store.BodyTooLarge: Mapping(413, REQUEST, "body_too_large"),
-    registry.ArtifactBusy: Mapping(429, "rate_limit_error", "{kind}_busy"),
+    registry.ArtifactBusy: Mapping(429, RATE, "{kind}_busy"),
+    admission.CallerOverloaded: Mapping(429, RATE, "tenant_concurrency_exceeded"),
+    admission.RateLimited: Mapping(429, RATE, "rate_limit_exceeded"),
     body.ClientGone: Mapping(499, REQUEST, "client_gone"),
     admission.ServerOverloaded: Mapping(503, UNAVAILABLE, "server_overloaded"),
-    gateway.NotReady: Mapping(503, UNAVAILABLE, "loading"),
-    gateway.Draining: Mapping(503, UNAVAILABLE, "draining"),
+    supervisor.NotReady: Mapping(503, UNAVAILABLE, "loading"),
+    supervisor.Draining: Mapping(503, UNAVAILABLE, "draining"),
     pool.NoCapacity: Mapping(503, UNAVAILABLE, "{kind}_capacity"),
     plans.DefaultUnavailable: Mapping(503, UNAVAILABLE, "default_steering_unavailable"),
+    deadline.DeadlineExceeded: Mapping(504, "timeout_error", "deadline_exceeded"),
     delta_pool.DeltaTooLarge: Mapping(507, STORAGE, "delta_too_large"),
     store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
@@ -121,9 +126,12 @@ def describe(error: Exception) -> Problem:
     headers = {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
-        headers["retry-after"] = str(retry_after_s)
-    if mapping.status in (409, 507):  # clients retry these by default, and it would not help
+        headers["retry-after"] = str(math.ceil(retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(1000 * retry_after_s))  # clients of OpenAI's read it first
+    elif mapping.status in (409, 501, 507):  # clients retry these by default, and it would not help
         headers["x-should-retry"] = "false"
+    if mapping.status == 408:
+        headers["connection"] = "close"  # the rest of the body is not read
     if mapping.status == 401:
         headers["www-authenticate"] = "Bearer"
     code = mapping.code.format(kind=getattr(error, "kind", ""))

@@ -4,40 +4,28 @@ import hashlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 
 from server.admission import Admission, Permit
 from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
+from server.config import RestartSettings
 from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent, ToolUse
 from server.decisions import Decisions, ToolCalls
 from server.engine.base import EditUnavailableError, Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
 from server.gate import Gate
 from server.gate_run import Gating
 from server.interleave import interleave
+from server.keys import ANYBODY, Caller
 from server.prompt import PromptRenderer
 from server.proof import EditNotApplied, Proof, together
 from server.steering import Plan, Planner, edited_positions
+from server.supervisor import EngineMetrics, State, Supervisor
 from server.tools import Toolbox
-
-
-class State(StrEnum):
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    ENGINE_DEAD = "engine_dead"
-
-
-class NotReady(GatewayError):
-    """The base is still loading."""
-
-
-class Draining(GatewayError):
-    """The server is stopping and takes no new requests."""
+from server.turns import Flow, Turns
 
 
 class ContextLengthExceeded(GatewayError):
@@ -69,6 +57,9 @@ class Gateway:
         prompts: PromptRenderer,
         tools: Toolbox,
         gate: Gate,
+        turns: Turns,
+        restart: RestartSettings,
+        engine_metrics: EngineMetrics,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -79,57 +70,76 @@ class Gateway:
         self._prompts = prompts
         self._tools = tools
         self._gate = gate
+        self._turns = turns
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
-        self._state = State.LOADING
-
-    @property
-    def state(self) -> State:
-        if self._state is State.READY and self._engine.dead:
-            return State.ENGINE_DEAD
-        return self._state
+        self.supervisor = Supervisor(engine, restart, engine_metrics, self._forget_residents, self._restore_residents)
 
     @property
     def max_model_len(self) -> int | None:
-        """None while the engine loads."""
-        return None if self._state is State.LOADING else self._engine.max_model_len
+        """None while the engine loads for the first time."""
+        return self._engine.max_model_len if self.supervisor.started else None
 
     async def start(self) -> None:
         """Raises EngineError."""
-        await self._engine.start()
-        self._pool.keep(self._registry.pinned())
-        if self._state is State.LOADING:
-            self._state = State.READY
-
-    def drain(self) -> None:
-        self._state = State.DRAINING
+        await self.supervisor.start()
 
     async def stop(self) -> None:
-        self.drain()
+        await self.supervisor.close()
         await self._pool.close()
         await self._edits.close()
         await self._engine.stop()
         self._prompts.close()
 
+    @property
+    def state(self) -> State:
+        return self.supervisor.state
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request holds a permit."""
+        return not self._admission.rows
+
+    def drain(self) -> None:
+        """Take no new requests any more: the server is stopping."""
+        self.supervisor.drain()
+
     def require_ready(self) -> None:
         """Raises NotReady, Draining, EngineDeadError."""
-        if self.state is State.LOADING:
-            raise NotReady("the model is still loading", retry_after_s=5)
-        if self.state is State.DRAINING:
-            raise Draining("the server is stopping", retry_after_s=5)
-        if self.state is State.ENGINE_DEAD:
-            raise EngineDeadError("the engine has stopped")
+        self.supervisor.require_ready()
 
-    async def generate(self, request: GenerationRequest, decisions: Decisions) -> AsyncGenerator[TokenEvent, None]:
+    async def _forget_residents(self) -> None:
+        await self._edits.reset()
+        await self._pool.reset()
+
+    def _restore_residents(self, first: bool) -> None:
+        """Not where the engine keeps dying: then each delta is loaded when a request asks for it."""
+        if first:
+            self._pool.keep(self._registry.pinned())
+            self._pool.restore()
+
+    async def generate(
+        self, request: GenerationRequest, decisions: Decisions, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Answer all prompts of a request; choice i of prompt p comes as index p * n + i, a comparison's plain answer as 1.
 
         Raises GatewayError and EngineError before the first event, EngineError after. Closing the iterator aborts the
-        engine's rows and returns lease and permit.
+        engine's rows and returns lease, turn and permit.
         """
         self.require_ready()
+        try:
+            async with aclosing(self._generate(request, decisions, caller)) as events:
+                async for event in events:
+                    yield event
+        except EngineDeadError as error:
+            raise self.supervisor.dead_error() from error
+
+    async def _generate(
+        self, request: GenerationRequest, decisions: Decisions, caller: Caller
+    ) -> AsyncGenerator[TokenEvent, None]:
         self._tools.check(request.tools)
-        with self._admission.permit(request.rows) as permit:
-            resolved = self._resolve(request)
+        with self._admission.permit(request.rows, caller) as permit:
+            resolved = self._resolve(request, caller)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.parts = resolved.parts
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
@@ -142,46 +152,56 @@ class Gateway:
                 resolved.delta, wanted.edit.edit if wanted.edit else None
             )
             gated = self._gate.plan(request, resolved.delta, wanted, decisions)
-            async with self._leases(resolved.delta, wanted, decisions) as plan:
-                ask = partial(self._ask, _Admitted(request, permit, resolved.delta, wanted, plan, decisions))
+            asking = _Asking(request, permit, resolved.delta, wanted, decisions)
+            async with self._leases(asking, gated is None):
+                ask = partial(self._ask, asking)
                 gating = Gating(self._gate, gated, request, resolved.delta, ask, decisions) if gated else None
                 async with aclosing(gating.answer() if gating else ask(request.tools)) as events:
                     async for event in events:
                         if decisions.ttft_s is None:
                             decisions.ttft_s = time.perf_counter() - decisions.started
                         _count(event, request.sampling.n, decisions)
+                        asking.flow.served(len(event.token_ids))
                         yield event
                 if len(decisions.finish_reasons) != request.rows:
                     raise EngineError("the engine ended a request before it was finished")
         decisions.total_s = time.perf_counter() - decisions.started
 
     async def _ask(
-        self, admitted: "_Admitted", use: ToolUse | None, n: int | None = None
+        self, asking: "_Asking", use: ToolUse | None, n: int | None = None
     ) -> AsyncGenerator[TokenEvent, None]:
         """The request's answer with these tools; the gate may ask more than once, and for `n` of its choices."""
-        request, decisions = admitted.request, admitted.decisions
-        attempt = next(admitted.attempts)
-        template = admitted.delta.chat_template if admitted.delta else ""
-        prompts = [await self._prompts.render(self._tools.show(prompt, use), template) for prompt in request.prompts]
-        for ids in prompts:
-            edited_positions(admitted.wanted.prompt, len(ids))  # raises where they lie outside
+        request, decisions = asking.request, asking.decisions
+        attempt = next(asking.attempts)
+        prompts = asking.prompts or await self._render(asking, use)
         fitting = self._fit(request, max(len(ids) for ids in prompts))
         sampling = self._tools.constrain(replace(fitting, n=n or fitting.n), use)
-        decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
-        if attempt == 0:
-            admitted.permit.queue(decisions.prompt_tokens)
+        if attempt == 0 and not asking.prompts:
+            asking.permit.queue(decisions.prompt_tokens)
+            asking.flow.served(decisions.prompt_tokens)
         row_id = request.request_id + (f"-again{attempt}" if attempt else "")
-        answered = self._answer(Work(request, row_id, prompts, sampling, admitted.delta), admitted.plan, decisions)
+        answered = self._answer(Work(request, row_id, prompts, sampling, asking.delta), asking.plan, decisions)
         async with aclosing(self._tools.read(answered, use, decisions)) as events:
             async for event in events:
-                admitted.permit.started()
+                asking.permit.started()
                 yield event
 
-    def _resolve(self, request: GenerationRequest) -> Resolved:
+    async def _render(self, asking: "_Asking", use: ToolUse | None) -> Sequence[Sequence[int]]:
+        """The prompts' tokens with these tools. Raises InvalidRequest, NoChatTemplate, EditError."""
+        request = asking.request
+        template = asking.delta.chat_template if asking.delta else ""
+        prompts = [await self._prompts.render(self._tools.show(prompt, use), template) for prompt in request.prompts]
+        for ids in prompts:
+            edited_positions(asking.wanted.prompt, len(ids))  # raises where they lie outside
+        asking.decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)
+        return prompts
+
+    def _resolve(self, request: GenerationRequest, caller: Caller) -> Resolved:
         """Raises ModelNotFound, InvalidRequest."""
         if not request.combine:
-            return self._registry.resolve(request.model)
-        return self._registry.combine(request.model, request.combine, isinstance(request.prompts[0], ChatPrompt))
+            return self._registry.resolve(request.model, caller.may_use)
+        chat = isinstance(request.prompts[0], ChatPrompt)
+        return self._registry.combine(request.model, request.combine, chat, caller.may_use)
 
     def _note_identity(self, request: GenerationRequest, delta: EngineDelta | None, decisions: Decisions) -> None:
         """What a label of this answer, or a policy that is fitted on it, is bound to."""
@@ -196,31 +216,52 @@ class Gateway:
             decisions.tool_calls = ToolCalls(request.tools.choice, len(request.tools.tools))
 
     @asynccontextmanager
-    async def _leases(self, delta: EngineDelta | None, wanted: Plan, decisions: Decisions) -> AsyncIterator[Plan]:
-        """Delta and edit are resident inside the block, and both count as in use before the first wait.
+    async def _leases(self, asking: "_Asking", ungated: bool) -> AsyncIterator[None]:
+        """It is the request's turn, and delta and edit are resident, inside the block; both are in use before the first wait.
 
-        Gives the plan that holds: without an edit where there is none, or where it is lacking and the client allows that.
+        `ungated`: the prompts are those of the request as it came, so they are rendered and counted before the turn. Sets
+        the plan that holds: without an edit where there is none, or where it is lacking and the client allows that.
         """
-        edit = wanted.edit
+        delta, wanted, decisions = asking.delta, asking.wanted, asking.decisions
+        edit, rows = wanted.edit, asking.request.rows
         held_delta = self._pool.hold(delta) if delta else nullcontext()
         with held_delta, ExitStack() as held_edit:
             if edit is not None:
                 held_edit.enter_context(self._edits.hold(edit))
-            asked = time.perf_counter()
-            if delta is not None:
-                await self._pool.make_resident(delta)
-            decisions.delta_wait_s = time.perf_counter() - asked
-            plan = wanted
-            if edit is not None:
-                try:
-                    await self._load_edit(edit, decisions)
-                except (NoCapacity, EditLoadFailed, EditUnavailableError) as error:
-                    if not wanted.best_effort:
-                        raise
-                    held_edit.close()
-                    decisions.answer_plainly(str(error))
-                    plan = Plan()
-            yield plan
+            async with AsyncExitStack() as turn:
+                with ExitStack() as parked:
+                    if delta is not None:
+                        parked.enter_context(self._pool.parked(delta))
+                    if edit is not None:
+                        parked.enter_context(self._edits.parked(edit))
+                    if ungated:
+                        asking.prompts = await self._render(asking, asking.request.tools)
+                        self._fit(asking.request, max(len(ids) for ids in asking.prompts))
+                        asking.permit.queue(decisions.prompt_tokens)
+                    asked = time.perf_counter()
+                    key = delta.digest if delta else None
+                    waiting = self._turns.turn(key, rows, decisions.prompt_tokens)
+                    asking.flow = await turn.enter_async_context(waiting)
+                    decisions.queue_s = time.perf_counter() - asked
+                await self._make_resident(asking, held_edit)
+                yield
+
+    async def _make_resident(self, asking: "_Asking", held_edit: ExitStack) -> None:
+        delta, wanted, decisions = asking.delta, asking.wanted, asking.decisions
+        asked = time.perf_counter()
+        if delta is not None:
+            await self._pool.make_resident(delta)
+        decisions.delta_wait_s = time.perf_counter() - asked
+        asking.plan = wanted
+        if wanted.edit is not None:
+            try:
+                await self._load_edit(wanted.edit, decisions)
+            except (NoCapacity, EditLoadFailed, EditUnavailableError) as error:
+                if not wanted.best_effort:
+                    raise
+                held_edit.close()
+                decisions.answer_plainly(str(error))
+                asking.plan = Plan()
 
     async def _load_edit(self, edit: PlannedEdit, decisions: Decisions) -> None:
         """Raises NoCapacity, EditLoadFailed, EngineError."""
@@ -292,19 +333,22 @@ class Gateway:
         return f"fp_{hashlib.sha256(weights.encode()).hexdigest()[:12]}"
 
 
-@dataclass(frozen=True)
-class _Admitted:
-    """A request that has its permit and its leases.
+@dataclass
+class _Asking:
+    """A request that has its permit. Not frozen: what is settled on the way is kept here.
 
-    `plan` is what is left of the edit that is `wanted`; `attempts` numbers how often the engine is asked for the answer.
+    `flow` is the delta's, once it is the request's turn; `plan` is what is left of the edit that is `wanted`, once there is
+    a lease; `prompts` are set where no gate may change them; `attempts` numbers how often the engine is asked for the answer.
     """
 
     request: GenerationRequest
     permit: Permit
     delta: EngineDelta | None
     wanted: Plan
-    plan: Plan
     decisions: Decisions
+    plan: Plan = field(default_factory=Plan)
+    flow: Flow = field(default_factory=lambda: Flow(None, 0))
+    prompts: Sequence[Sequence[int]] = ()
     attempts: Iterator[int] = field(default_factory=itertools.count)
 
 

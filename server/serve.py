@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import errno
 import json
+import math
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -34,10 +36,11 @@ from server.artifacts.checks import (
     token_ids,
 )
 from server.artifacts.store import Store, StoreError
-from server.auth import Keyring
 from server.config import ServerSettings, Settings
 from server.engine.base import EngineError
 from server.gateway import Gateway
+from server.guard import guarded
+from server.keys import Keys
 from server.prompt import HuggingFaceTokenizer, TokenizerError
 from server.routes.context import Context
 from server.telemetry import log_json
@@ -55,8 +58,8 @@ def serve(model: str, settings: Settings) -> int:
     try:
         with _listening(settings.server) as listeners, contextlib.closing(store):
             store.open()
-            context, keyring = _build(resolve_base(model), settings, store)
-            app = _app(context, keyring, listeners)
+            context, keys = _build(resolve_base(model), settings, store)
+            app = _app(context, keys, listeners)
             return asyncio.run(_run(app, context.gateway, listeners, settings.server))
     except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,7 +119,7 @@ def checks_for(folder: Path) -> tuple[str, Checks]:
     )
 
 
-def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keyring]:
+def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keys]:
     from server.engine.vllm import VLLMEngine
 
     tokenizer = HuggingFaceTokenizer(folder)
@@ -125,22 +128,36 @@ def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Key
     return wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, checks)
 
 
-def _app(context: Context, keyring: Keyring, listeners: Sequence[socket.socket]) -> App:
+def _app(context: Context, keys: Keys, listeners: Sequence[socket.socket]) -> App:
     if len(listeners) == 1:
-        return create_app(context, keyring)
-    return split_app(context, keyring, listeners[1].getsockname()[1])
+        return create_app(context, keys)
+    return split_app(context, keys, listeners[1].getsockname()[1])
 
 
 class _Server(uvicorn.Server):
-    """Turns not-ready with the first signal, while running requests finish."""
+    """Turns not-ready with the first signal and answers on (503 to new requests) until the running ones are done, or time is up."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, drain_s: float) -> None:
         super().__init__(config)
         self._gateway = gateway
+        self._drain_s = drain_s
+        self._stop_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._gateway.drain()
-        super().handle_exit(sig, frame)
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + self._drain_s
+            self._gateway.drain()
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked ten times a second whether to stop."""
+        if self._stop_at is not None:
+            left_s = self._stop_at - time.monotonic()
+            if self._gateway.idle or left_s <= 0:
+                self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))  # for answers that are being sent
+                return True
+        return await super().on_tick(counter)
 
 
 async def _run(app: App, gateway: Gateway, listeners: Sequence[socket.socket], settings: ServerSettings) -> int:
@@ -151,9 +168,11 @@ async def _run(app: App, gateway: Gateway, listeners: Sequence[socket.socket], s
         access_log=False,
         server_header=False,
         lifespan="off",
-        timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
-    server = _Server(config, gateway)
+    config.load()
+    protocol = guarded(config.http_protocol_class, settings.max_header_bytes, settings.header_timeout_s)
+    config.http_protocol_class = protocol  # type: ignore[assignment]
+    server = _Server(config, gateway, settings.shutdown_timeout_s)
     (host, port), *admin = [listener.getsockname()[:2] for listener in listeners]
     print(f"listening on http://{host}:{port}, the model is loading", flush=True)
     for admin_host, admin_port in admin:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.decisions import Decisions, Steered, SteeringMode, SteeringOutcome
 from server.gate_report import SCORE_EDGES, GateMetrics
+from server.keys import ANYBODY, Caller
 
 MAX_DELTA_LABELS = 50
 LATENCY_EDGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -32,7 +33,7 @@ class Exchange:
     request_id: str
     decisions: Decisions = field(default_factory=Decisions)
     stream: bool = False
-    key_id: str | None = None
+    caller: Caller = ANYBODY
     error_code: str | None = None
     error: Exception | None = None
     failed_status: int | None = None

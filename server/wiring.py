@@ -13,20 +13,22 @@ from server.artifacts.pool import EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
-from server.auth import Keyring
-from server.config import Settings, SteeringSettings
+from server.config import AuthSettings, Settings, SteeringSettings
 from server.core import ProfileSteering
 from server.engine.base import Engine
 from server.gate import Gate
 from server.gate_policies import Policies
 from server.gate_probes import Prober
 from server.gateway import Gateway
+from server.keys import Keys, plain_keys
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
 from server.steering import Planner
+from server.supervisor import EngineMetrics
 from server.telemetry import Telemetry
 from server.tool_template import choose
 from server.tools import Toolbox
+from server.turns import TurnMetrics, Turns
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Base:
 
 def wire(
     settings: Settings, store: Store, base: Base, engine: Engine, tokenizer: Tokenizer, checks: Checks
-) -> tuple[Context, Keyring]:
+) -> tuple[Context, Keys]:
     """`store` is open already. Raises StoreError when its names cannot be recovered, ToolTemplateError."""
     limits = settings.admission
     telemetry = Telemetry(CollectorRegistry())
@@ -58,22 +60,27 @@ def wire(
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
     prompts = PromptRenderer(tokenizer, template, tools.parser)
     toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
-    planner = Planner(
-        profiles,
-        saes,
-        base.fingerprint,
-        prompts.template_sha256,
-        settings.steering.max_strength,
-        _default_steering(settings.steering),
-        settings.steering.allow_opt_out,
-    )
+    planner = _planner(settings.steering, base, prompts, profiles, saes)
     known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
     prober = Prober(engine, prompts, planner, edits, admission)
     gate = Gate(settings.gate, known, prober, base.fingerprint)
     drain_s = limits.drain_timeout_s
     edge = settings.server
     context = Context(
-        gateway=Gateway(engine, deltas, pool, planner, edits, admission, prompts, toolbox, gate),
+        gateway=Gateway(
+            engine,
+            deltas,
+            pool,
+            planner,
+            edits,
+            admission,
+            prompts,
+            toolbox,
+            gate,
+            _turns(settings, telemetry),
+            settings.engine.restart,
+            EngineMetrics(telemetry.registry),
+        ),
         registry=deltas,
         admission=admission,
         pool=pool,
@@ -83,13 +90,48 @@ def wire(
         saes=Lifecycle(store, saes, edits, checks.sae, telemetry, drain_s),
         policies=Lifecycle(store, policies, known, checks.policy, telemetry, drain_s),
         telemetry=telemetry,
-        limits=Limits(edge.max_body_bytes, edge.max_upload_bytes, edge.default_max_tokens),
+        limits=Limits(
+            edge.max_body_bytes,
+            edge.max_upload_bytes,
+            edge.default_max_tokens,
+            edge.body_timeout_s,
+            edge.request_timeout_s,
+        ),
     )
-    auth = settings.auth
-    keyring = Keyring(
-        [key.get_secret_value() for key in auth.api_keys], [key.get_secret_value() for key in auth.admin_keys]
+    return context, _keys(settings.auth)
+
+
+def _turns(settings: Settings, telemetry: Telemetry) -> Turns:
+    """A few rows more than the engine runs, so that it never waits for us."""
+    engine = settings.engine
+    rows = settings.admission.max_running or engine.max_num_seqs + max(1, engine.max_num_seqs // 8)
+    return Turns(rows, engine.deltas_per_batch, TurnMetrics(telemetry.registry))
+
+
+def _keys(auth: AuthSettings) -> Keys:
+    """Admin keys alone leave inference open; any other key that may infer closes it."""
+    api, admin = ([key.get_secret_value() for key in keys] for keys in (auth.api_keys, auth.admin_keys))
+    named = [entry.key() for entry in auth.keys]
+    closed = bool(api) or any("inference" in key.caller.scopes for key in named)
+    return Keys([*plain_keys(api, admin), *named], inference_open=not closed)
+
+
+def _planner(
+    settings: SteeringSettings,
+    base: Base,
+    prompts: PromptRenderer,
+    profiles: Registry[ProfileVersion],
+    saes: Registry[SAEVersion],
+) -> Planner:
+    return Planner(
+        profiles,
+        saes,
+        base.fingerprint,
+        prompts.template_sha256,
+        settings.max_strength,
+        _default_steering(settings),
+        settings.allow_opt_out,
     )
-    return context, keyring
 
 
 def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:

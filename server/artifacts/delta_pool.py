@@ -61,6 +61,7 @@ class DeltaPool(Pool[EngineDelta]):
         self._measuring: dict[str, asyncio.Task[int]] = {}
         self._sources: dict[str, str] = {}  # of the loads that are under way
         self._pinned: frozenset[str] = frozenset()
+        self._lost: list[EngineDelta] = []  # what the engine had when it died
         self._warming: set[asyncio.Task[None]] = set()
 
     def key(self, item: EngineDelta) -> str:
@@ -76,6 +77,18 @@ class DeltaPool(Pool[EngineDelta]):
             for part in item.parts:
                 held.enter_context(super().hold(part.delta))
             held.enter_context(self.combinations.hold(item))
+            yield
+
+    @contextmanager
+    def parked(self, item: EngineDelta) -> Iterator[None]:
+        if not item.parts:
+            with super().parked(item):
+                yield
+            return
+        with ExitStack() as parked:
+            for part in item.parts:
+                parked.enter_context(super().parked(part.delta))
+            parked.enter_context(self.combinations.parked(item))
             yield
 
     # Loads
@@ -193,15 +206,32 @@ class DeltaPool(Pool[EngineDelta]):
         self._delta_metrics.pinned.set(len(self._pinned))
         for delta in deltas:
             if delta.digest not in self._residents:
-                task = asyncio.create_task(self._warm(delta))
-                self._warming.add(task)
-                task.add_done_callback(self._warming.discard)
+                self._warm_up([delta])
 
-    async def _warm(self, delta: EngineDelta) -> None:
-        try:
-            await self.load(delta)
-        except (GatewayError, EngineError) as error:
-            log.warning("pinned delta %.12s is not resident: %s", delta.digest, error)
+    def _warm_up(self, deltas: Sequence[EngineDelta]) -> None:
+        """Load in the background, one after the other."""
+        task = asyncio.create_task(self._warm(deltas))
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
+
+    async def _warm(self, deltas: Sequence[EngineDelta]) -> None:
+        for delta in deltas:
+            try:
+                await self.load(delta)
+            except (GatewayError, EngineError) as error:
+                log.warning("delta %.12s is not resident: %s", delta.digest, error)
+
+    # The engine's death
+
+    async def reset(self) -> list[EngineDelta]:
+        await self.combinations.reset()
+        self._lost = await super().reset() or self._lost
+        return self._lost
+
+    def restore(self) -> None:
+        """Load what the engine had when it died, most recently leased first."""
+        self._warm_up(self._lost)
+        self._lost = []
 
     # The admin plane
 

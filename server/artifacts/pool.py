@@ -87,6 +87,7 @@ class Pool(ABC, Generic[Item]):
         self._leaving: dict[str, Leaving] = {}
         self._waiting: deque[object] = deque()  # a ticket per request without room; the first one takes the next room
         self._leases: Counter[str] = Counter()  # includes requests that still wait for their item
+        self._parked: Counter[str] = Counter()  # of those leases, the ones that take no room yet
         self._changed = asyncio.Event()
 
     @abstractmethod
@@ -128,6 +129,19 @@ class Pool(ABC, Generic[Item]):
                 del self._leases[key]
                 self._notify()
 
+    @contextmanager
+    def parked(self, item: Item) -> Iterator[None]:
+        """Inside, a held item cannot be deleted but may be evicted: a request that waits for its turn needs no room."""
+        key = self.key(item)
+        self._parked[key] += 1
+        self._notify()
+        try:
+            yield
+        finally:
+            self._parked[key] -= 1
+            if not self._parked[key]:
+                del self._parked[key]
+
     @asynccontextmanager
     async def lease(self, item: Item) -> AsyncIterator[None]:
         """The item is resident and stays so inside the block. Raises as `make_resident`."""
@@ -160,6 +174,20 @@ class Pool(ABC, Generic[Item]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def reset(self) -> list[Item]:
+        """The engine has died and nothing is resident any more; returns what was, most recently leased first.
+
+        What is under way fails by itself, and so do the requests that wait for it.
+        """
+        tasks: list[asyncio.Task[Any]] = [resident.loading for resident in self._residents.values()]
+        tasks += [leaving.task for leaving in self._leaving.values()]
+        if tasks:
+            await asyncio.wait(tasks)
+        lost = [resident.item for resident in reversed(self._residents.values()) if resident.nbytes is not None]
+        self._residents.clear()
+        self._notify()
+        return lost
 
     async def make_resident(self, item: Item) -> None:
         """Call it while holding the item. Raises NoCapacity, and what measuring and loading raise."""
@@ -231,7 +259,7 @@ class Pool(ABC, Generic[Item]):
         for key, resident in self._residents.items():
             if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):
                 break
-            if resident.nbytes is not None and not self.leases(key) and not self.pinned(key):
+            if resident.nbytes is not None and self.leases(key) == self._parked[key] and not self.pinned(key):
                 victims.append(resident)
                 count, used = count - 1, used - resident.reserved
         if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic
@@ -19,6 +19,7 @@ from server.engine.base import EngineDelta, WeightedDelta
 DELTA, PROFILE, SAE, POLICY = "delta", "profile", "sae", "policy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 COMBINED = "combined"
+MayUse = Callable[[str], bool]  # whether the caller may use a delta of that name
 _METRIC_LABELS = ("base", "none", "other", COMBINED)  # what stands for no registered delta in the metrics
 
 log = logging.getLogger("deltaworks.registry")
@@ -35,7 +36,9 @@ class ModelNotFound(GatewayError):
 class KindError(GatewayError):
     """An error about an artifact of some kind; the kind begins its code."""
 
-    def __init__(self, kind: str, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, kind: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
         self.kind = kind
 
@@ -255,23 +258,23 @@ class DeltaRegistry(Registry[DeltaVersion]):
         if self.base_id in self._refs:
             raise StoreError(f"the base is called {self.base_id!r} like a stored delta; set server.served_name")
 
-    def resolve(self, model: str) -> Resolved:
-        """Raises ModelNotFound."""
+    def resolve(self, model: str, may_use: MayUse) -> Resolved:
+        """A delta that may not be used is as one that is not there. Raises ModelNotFound."""
         if model == self.base_id:
             return Resolved(self.base_id, None)
-        return Resolved(model, self._delta(model, "model"))
+        return Resolved(model, self._delta(model, "model", may_use))
 
-    def combine(self, model: str, parts: Sequence[DeltaPart], chat: bool) -> Resolved:
+    def combine(self, model: str, parts: Sequence[DeltaPart], chat: bool, may_use: MayUse) -> Resolved:
         """The weighted sum of named deltas; one alone that counts once is that delta. `chat`: its template will be used.
 
         Raises ModelNotFound, InvalidRequest.
         """
-        if self.resolve(model).delta is not None:
+        if self.resolve(model, may_use).delta is not None:
             message = f"model names a delta, and so does delta; beside delta, model is the base, {self.base_id!r}"
             raise InvalidRequest(message, param="model")
         deltas: list[WeightedDelta] = []
         for i, part in enumerate(parts):
-            found = self._delta(part.name, f"delta.{i}.name")
+            found = self._delta(part.name, f"delta.{i}.name", may_use)
             if any(found == other.delta for other in deltas):
                 raise InvalidRequest("two names of one and the same delta; add up its weights", param=f"delta.{i}.name")
             deltas.append(WeightedDelta(found, part.weight))
@@ -280,9 +283,9 @@ class DeltaRegistry(Registry[DeltaVersion]):
         named = tuple(replace(part, digest=one.delta.digest) for part, one in zip(parts, deltas, strict=True))
         return Resolved(COMBINED, combination(deltas, chat), named)
 
-    def _delta(self, name: str, param: str) -> EngineDelta:
+    def _delta(self, name: str, param: str, may_use: MayUse) -> EngineDelta:
         """The active version of a delta, as the engine knows it. Raises ModelNotFound."""
-        ref = self._refs.get(name)
+        ref = self._refs.get(name) if may_use(name) else None
         if ref is None or ref.digest is None:
             raise ModelNotFound("the model does not exist, or you have no access to it", param=param)
         delta, version = self.engine_delta(ref.digest), ref.active()

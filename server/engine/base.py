@@ -12,7 +12,11 @@ class EngineError(Exception):
 
 
 class EngineDeadError(EngineError):
-    """The engine's process is gone; nothing will be answered until the server restarts."""
+    """The engine's process is gone, and with it all that was loaded. `retry_after_s` is set where it will be back."""
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineLoadError(EngineError):
@@ -90,7 +94,7 @@ class EditReport:
 
 class Engine(Protocol):
     async def start(self) -> None:
-        """Load the base model; returns when the first request can be answered. Raises EngineError."""
+        """Load the base model, also after a `stop`; returns when the first request can be answered. Raises EngineError."""
         ...
 
     async def stop(self) -> None:
@@ -99,11 +103,13 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Prompt and completion tokens together; known after start."""
+        """Prompt and completion tokens together; known from the first start on."""
         ...
 
     @property
-    def dead(self) -> bool: ...
+    def dead(self) -> bool:
+        """Whether the engine ended by itself; never blocks."""
+        ...
 
     def generate(
         self,

@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 
 _MAX_CPU_KV_BYTES = 4 << 30
 _STOP_TIMEOUT_S = 20
+_DEATH_POLL_S = 0.25  # of a call that the engine may never answer
 
 
 class VLLMEngine:
-    """Serves one base model and the deltas loaded into it. `start` before anything else."""
+    """Serves one base model and the deltas loaded into it. `start` before anything else, and again after `stop`."""
 
     def __init__(self, base: Path, settings: EngineSettings) -> None:
         self._base = base
@@ -54,12 +55,17 @@ class VLLMEngine:
         self._llm: AsyncLLM | None = None
         self._adapter_ids: dict[str, int] = {}
         self._next_id = itertools.count(1)
+        self._resident: set[str] = set()  # digests; vLLM would end over a row whose delta is not there
         self._edits: dict[str, _LoadedEdit] = {}
+        self._max_model_len = 0
         self.kernel = ""
 
     async def start(self) -> None:
         """Load the base model. Raises EngineError when the model or the installed vLLM does not fit."""
+        self._resident.clear()
+        self._edits.clear()
         await asyncio.to_thread(self._build)
+        self._max_model_len = self._running().model_config.max_model_len
         statuses = await self._ask_workers("deltaworks_status")
         if any(status["manager"] != "DeltaManager" for status in statuses):
             raise EngineError(
@@ -68,9 +74,13 @@ class VLLMEngine:
         self.kernel = statuses[0]["kernel"]
 
     async def stop(self) -> None:
-        """End vLLM's processes."""
+        """End vLLM's processes, and every request that still waits for them."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
+
         llm, self._llm = self._llm, None
         if llm is not None:
+            # A request that came while vLLM told all others of its death would wait for ever.
+            llm.output_processor.propagate_error(VLLMDeadError())
             # On the loop: vLLM's reader task must not run between the engine's end and its own.
             llm.shutdown(timeout=_STOP_TIMEOUT_S)
             del llm
@@ -79,8 +89,7 @@ class VLLMEngine:
 
     @property
     def max_model_len(self) -> int:
-        length: int = self._running().model_config.max_model_len
-        return length
+        return self._max_model_len
 
     @property
     def dead(self) -> bool:
@@ -104,11 +113,14 @@ class VLLMEngine:
         prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
+        if delta is not None and delta.digest not in self._resident:
+            raise EngineDeadError("the engine has been restarted since the delta was loaded")
         lora = None if delta is None else self._lora_request(delta)
         params = _sampling_params(sampling, delta)
         if edit is not None:
             params.extra_args = self._edited_request(edit, request_id).to_extra_args()
-        stream = self._running().generate(prompt, params, request_id, lora_request=lora)
+        llm = self._running()
+        stream = llm.generate(prompt, params, request_id, lora_request=lora)
         try:
             async with aclosing(stream):
                 async for output in stream:
@@ -123,6 +135,8 @@ class VLLMEngine:
         except VLLMDeadError as error:
             raise EngineDeadError("the engine stopped") from error
         except EngineGenerateError as error:
+            if llm.errored:
+                raise EngineDeadError("the engine stopped") from error
             raise EngineError(f"the engine failed on this request: {error}") from error
 
     async def measure(self, delta: EngineDelta) -> int:
@@ -145,10 +159,12 @@ class VLLMEngine:
         if errors:
             await self.unload(delta)
             raise EngineLoadError(errors[0])
+        self._resident.add(delta.digest)
         return sum(reply["nbytes"] for reply in replies)
 
     async def unload(self, delta: EngineDelta) -> None:
         """Drop a delta from memory; nothing happens when it is not resident."""
+        self._resident.discard(delta.digest)
         adapter = self._lora_request(delta).lora_int_id
         if delta.parts:  # there is no end to weights, so their numbers are not kept
             del self._adapter_ids[delta.digest]
@@ -180,17 +196,25 @@ class VLLMEngine:
     def _edited_request(self, edit: EngineEdit, ticket: str) -> EditedRequest:
         loaded = self._edits.get(edit.fingerprint)
         if loaded is None:
-            raise EngineError(f"edit {edit.fingerprint:.12} is not resident")
+            raise EngineDeadError("the engine has been restarted since the edit was loaded")
         return EditedRequest(edit.fingerprint, ticket, loaded.positions, loaded.edits)
 
     async def _ask_workers(self, method: str, *args: object) -> list[Any]:
         """Call one of our methods (worker/extension.py) on every worker: a reply each. Raises EngineDeadError."""
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
 
+        llm = self._running()
+        asking = asyncio.ensure_future(llm.collective_rpc(method, args=args))
         try:
-            replies: list[Any] = await self._running().collective_rpc(method, args=args)
+            # vLLM leaves the calls of a process that was killed without an answer.
+            while not (await asyncio.wait({asking}, timeout=_DEATH_POLL_S))[0]:
+                if llm is not self._llm or self.dead:
+                    raise EngineDeadError("the engine stopped")
+            replies: list[Any] = asking.result()
         except VLLMDeadError as error:
             raise EngineDeadError("the engine stopped") from error
+        finally:
+            asking.cancel()
         return replies
 
     def _running(self) -> AsyncLLM:

@@ -17,6 +17,16 @@ class ClientGone(GatewayError):
     """The client closed the connection; nobody reads the answer."""
 
 
+class BodyTimeout(GatewayError):
+    """The client sends too slowly."""
+
+
+def body_timeout_s(request: Request) -> float:
+    """What the settings say."""
+    seconds: float = request.app.state.context.limits.body_timeout_s
+    return seconds
+
+
 def check_length(request: Request, max_bytes: int) -> None:
     """Refuse by the announced length, before reading. Raises BodyTooLarge, InvalidRequest."""
     announced = request.headers.get("content-length", "0")
@@ -27,14 +37,17 @@ def check_length(request: Request, max_bytes: int) -> None:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge, ClientGone."""
+    """The whole body. Raises BodyTooLarge, BodyTimeout, ClientGone."""
     check_length(request, max_bytes)
-    body = bytearray()
+    body, limit_s = bytearray(), body_timeout_s(request)
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+        async with asyncio.timeout(limit_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise BodyTooLarge(f"the body is larger than the limit of {max_bytes} bytes")
+    except TimeoutError as error:
+        raise BodyTimeout(f"the body was not complete after {limit_s:g} s") from error
     except ClientDisconnect as error:
         raise ClientGone("the client went away while sending") from error
     return bytes(body)

@@ -17,11 +17,13 @@ from server.telemetry import Telemetry
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of a request body and of an upload; tokens where a request names no limit."""
+    """Bytes of a request body and of an upload; tokens where a request names no limit; how long a body and an answer may take."""
 
     max_body_bytes: int
     max_upload_bytes: int
     default_max_tokens: int
+    body_timeout_s: float
+    request_timeout_s: float | None
 
 
 @dataclass(frozen=True)

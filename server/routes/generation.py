@@ -1,5 +1,6 @@
 """POST /v1/chat/completions and /v1/completions: one path, streamed or folded."""
 
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
@@ -8,7 +9,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from server import sse
+from server import deadline, sse
 from server.core import GenerationRequest, TokenEvent
 from server.replies import ChatReply, CompletionReply, Reply
 from server.routes.body import ClientGone, read_body, until_gone
@@ -40,7 +41,11 @@ async def _answer(
     """The first event is awaited before anything is sent: what fails until then fails with a true status."""
     exchange = Exchange.of(request.scope)
     exchange.stream = bool(body.stream)
-    events = context.gateway.generate(generation, exchange.decisions)
+    decisions = exchange.decisions
+    seconds = deadline.limit_s(request.headers.get(deadline.HEADER), context.limits.request_timeout_s)
+    events = context.gateway.generate(generation, decisions, exchange.caller)
+    if seconds is not None:
+        events = deadline.within(events, seconds, time.perf_counter() - decisions.started)
     async with AsyncExitStack() as leaving:  # also when this handler is cancelled just as the first event comes
         await leaving.enter_async_context(aclosing(events))
         first = await until_gone(request.receive, anext(events))

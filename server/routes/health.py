@@ -4,13 +4,13 @@ from fastapi import Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 
-from server.gateway import State
 from server.routes.context import Ctx
+from server.supervisor import State
 
 
 async def live(context: Ctx) -> JSONResponse:
-    """503 only when the engine is gone for good: a restart is the cure."""
-    dead = context.gateway.state is State.ENGINE_DEAD
+    """503 only when the engine is gone for good: it is restarted as long as that may help, then a new process is the cure."""
+    dead = context.gateway.supervisor.given_up
     return JSONResponse({"status": "engine_dead" if dead else "alive"}, 503 if dead else 200)
 
 
@@ -18,7 +18,8 @@ async def ready(context: Ctx) -> JSONResponse:
     state = context.gateway.state
     if state is State.READY:
         return JSONResponse({"status": state})
-    return JSONResponse({"status": state}, 503, {"retry-after": "5"})
+    after_s = context.gateway.supervisor.dead_error().retry_after_s if state is State.ENGINE_DEAD else 5
+    return JSONResponse({"status": state}, 503, {"retry-after": str(after_s or 60)})
 
 
 async def metrics(request: Request, context: Ctx) -> Response:

@@ -2,24 +2,33 @@
 
 from typing import Any
 
+from fastapi import Request
+
 from server.artifacts.registry import ModelNotFound
 from server.artifacts.versions import DeltaVersion, Ref
 from server.routes.context import Context, Ctx
+from server.telemetry import Exchange
 
 
-async def list_models(context: Ctx) -> dict[str, Any]:
-    deltas = [_delta_card(context, ref) for ref in context.registry.refs() if ref.digest is not None]
+async def list_models(request: Request, context: Ctx) -> dict[str, Any]:
+    """What the caller may use."""
+    deltas = [_delta_card(context, ref) for ref in _usable(request, context)]
     return {"object": "list", "data": [_base_card(context), *deltas]}
 
 
-async def get_model(model_id: str, context: Ctx) -> dict[str, Any]:
+async def get_model(model_id: str, request: Request, context: Ctx) -> dict[str, Any]:
     """Raises ModelNotFound."""
     if model_id == context.registry.base_id:
         return _base_card(context)
-    for ref in context.registry.refs():
-        if ref.name == model_id and ref.digest is not None:
+    for ref in _usable(request, context):
+        if ref.name == model_id:
             return _delta_card(context, ref)
     raise ModelNotFound("the model does not exist, or you have no access to it", param="model")
+
+
+def _usable(request: Request, context: Context) -> list[Ref[DeltaVersion]]:
+    caller = Exchange.of(request.scope).caller
+    return [ref for ref in context.registry.refs() if ref.digest is not None and caller.may_use(ref.name)]
 
 
 def _card(context: Context, name: str, parent: str | None, created: int, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from server.artifacts.store import Incoming
 from server.core import GatewayError, InvalidRequest
-from server.routes.body import ClientGone
+from server.routes.body import BodyTimeout, ClientGone, body_timeout_s
 from server.wire import UploadFields, check
 
 _BATCH_BYTES = 1 << 20  # written and hashed in one go, off the event loop
+_PROGRESS_BYTES = 64 << 10  # a client has a time limit for each of these, not for the file
 _MAX_FIELD_BYTES = 4096
 
 
@@ -26,18 +27,27 @@ class InvalidMultipart(GatewayError):
 async def receive(request: Request, incoming: Incoming) -> UploadFields:
     """Stream the file into `incoming`.
 
-    Raises InvalidMultipart, InvalidRequest, MissingParameter, BodyTooLarge, InsufficientStorage, ClientGone.
+    Raises InvalidMultipart, InvalidRequest, MissingParameter, BodyTooLarge, InsufficientStorage, BodyTimeout,
+    ClientGone.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     form = _Form(options.get(b"boundary", b"")) if content_type == b"multipart/form-data" else None
     query = None if form else check(UploadFields, dict(request.query_params))
-    batch = bytearray()
+    batch, limit_s, since = bytearray(), body_timeout_s(request), 0
+    loop = asyncio.get_running_loop()
     try:
-        async for chunk in request.stream():
-            batch += form.feed(chunk) if form else chunk
-            if len(batch) >= _BATCH_BYTES:
-                await asyncio.to_thread(incoming.write, bytes(batch))
-                batch.clear()
+        async with asyncio.timeout(limit_s) as timer:
+            async for chunk in request.stream():
+                batch += form.feed(chunk) if form else chunk
+                since += len(chunk)
+                if len(batch) >= _BATCH_BYTES:
+                    await asyncio.to_thread(incoming.write, bytes(batch))
+                    batch.clear()
+                if since >= _PROGRESS_BYTES:
+                    timer.reschedule(loop.time() + limit_s)
+                    since = 0
+    except TimeoutError as error:
+        raise BodyTimeout(f"less than {_PROGRESS_BYTES} bytes of the upload came in {limit_s:g} s") from error
     except ClientDisconnect as error:
         raise ClientGone("the client went away during the upload") from error
     await asyncio.to_thread(incoming.write, bytes(batch))

@@ -43,6 +43,8 @@ def written(text: str) -> dict[str, Setting | None]:
 def defaults(section: type[Section], name: str = "") -> Iterator[tuple[str, str, Any]]:
     """Section, key and default of every setting; the default is None where it is unset, or must be given."""
     for key, field in section.model_fields.items():
+        if field.exclude:  # it stands in a file of its own
+            continue
         if nested := _section_type(field.annotation):
             yield from defaults(nested, f"{name}.{key}" if name else key)
         else:
@@ -109,6 +111,7 @@ def test_what_is_commented_out_is_a_setting_too(tmp_path: Path) -> None:
     file.write_text("\n".join(lines).replace("/etc/deltaworks", str(tmp_path)))
     for keys in ("api-keys", "admin-keys"):
         (tmp_path / keys).write_text("key\n")
+    (tmp_path / "keys.toml").write_text(f'[[keys]]\nid = "team"\nhash = "sha256:{"0" * 64}"\n')
     settings = load_settings(file, {}, {})
     assert settings.steering.default is not None
     assert settings.engine.vllm["tensor_parallel_size"] == 2

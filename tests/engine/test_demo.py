@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -122,7 +124,7 @@ def oracle(tokenizer, name, question, count):
     return found
 
 
-def test_a_client_that_leaves_ends_its_row(server):
+def test_r9_a_client_that_leaves_ends_its_row(server):
     with httpx.Client(base_url=server.url, timeout=60) as http:
         body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 900, "stream": True, "ignore_eos": True}
         with http.stream("POST", "/v1/completions", json=body) as reply:
@@ -141,6 +143,44 @@ def test_a_client_that_leaves_ends_its_row(server):
 
 def status(http, server):
     return http.get("/v1/admin/status", headers=server.admin_headers).json()
+
+
+def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):
+    """Last of those that use the server. A stream ends with an error event, readiness is red until the engine is back."""
+    question = "What is the capital of France?"
+    before = {model: ask(client, model, question).choices[0].message.content for model in MODELS}
+    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
+    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    engines = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(engines) == 1
+    body = {"model": "json", "prompt": "Once upon a time", "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        resident = {one["digest"] for one in status(http, server)["resident"]}
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            killed = time.monotonic()
+            os.kill(engines[0], signal.SIGKILL)
+            *_, error, done = [line for line in lines if line]
+            told_s = time.monotonic() - killed
+        assert done == "data: [DONE]"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        ready = http.get("/health/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "engine_dead")
+        refused = http.post("/v1/completions", json={"model": "json", "prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+        assert int(refused.headers["retry-after"]) >= 1
+        while http.get("/health/ready").status_code != 200:
+            assert http.get("/health/live").status_code == 200
+            assert time.monotonic() - killed < 120
+            time.sleep(0.1)
+        print(f"the stream ended after {told_s:.2f} s, ready again after {time.monotonic() - killed:.1f} s")
+        while {one["digest"] for one in status(http, server)["resident"] if one["resident_bytes"]} != resident:
+            assert time.monotonic() - killed < 120
+            time.sleep(0.1)
+        assert 'deltaworks_engine_restarts_total{outcome="ok"} 1.0' in http.get("/metrics").text
+    assert {model: ask(client, model, question).choices[0].message.content for model in MODELS} == before
+    assert told_s < 2
 
 
 def test_the_quick_start_of_the_readme(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.steering.gate_world import document, stage, tool
 
 CHAT = "/v1/chat/completions"

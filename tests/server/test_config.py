@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.config import Settings, SettingsError, load_settings
+from server.keys import hash_key
 
 DEFAULT = '[steering.default]\nprofile = "p"\ndirection = "use_context"\n'
 
@@ -91,7 +92,8 @@ def test_keys_come_from_environment_and_file_and_are_masked(tmp_path: Path) -> N
     file.write_text("# users\ncanary-file\n\n")
     environ = {"DELTAWORKS__AUTH__API_KEYS": "canary-a, canary-b", "DELTAWORKS__AUTH__API_KEY_FILE": str(file)}
     settings = load_settings(None, environ, {})
-    assert [key.get_secret_value() for key in settings.auth.api_keys] == ["canary-a", "canary-b", "canary-file"]
+    held = [key.get_secret_value() for key in settings.auth.api_keys]
+    assert held == [hash_key(f"canary-{name}") for name in ("a", "b", "file")]
     assert "canary" not in settings.to_toml()
     assert "canary" not in repr(settings)
 

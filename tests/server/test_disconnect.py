@@ -39,7 +39,7 @@ def counted(live: Any, code: str) -> float:
 
 @pytest.mark.parametrize("block_at", [0, 2])
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_frees_row_lease_and_permit(live: Any, block_at: int, stream: bool) -> None:
+def test_r9_disconnect_frees_row_lease_and_permit(live: Any, block_at: int, stream: bool) -> None:
     live.house.engine.block_at = block_at
     connection = post_chat(live.url, stream=stream)
     live.wait_running()
@@ -56,7 +56,7 @@ def test_disconnect_frees_row_lease_and_permit(live: Any, block_at: int, stream:
     assert counted(live, "499") == 1
 
 
-def test_disconnect_while_the_delta_loads_frees_the_lease_and_lets_the_load_finish(live: Any) -> None:
+def test_r9_disconnect_while_the_delta_loads_frees_the_lease_and_lets_the_load_finish(live: Any) -> None:
     upload(live, "slow", b"slow to load")
     live.house.engine.hold_loads = True
     connection = post_chat(live.url, model="slow")
@@ -69,7 +69,7 @@ def test_disconnect_while_the_delta_loads_frees_the_lease_and_lets_the_load_fini
     _wait(lambda: [resident.nbytes for resident in live.house.context.pool.residents()] == [1000])
 
 
-def test_delete_is_refused_while_a_stream_runs_and_waits_with_drain(live: Any) -> None:
+def test_r4_delete_is_refused_while_a_stream_runs_and_waits_with_drain(live: Any) -> None:
     upload(live, "red", b"red")
     live.house.engine.block_at = 2
     connection = post_chat(live.url, model="red", stream=True)
@@ -159,7 +159,7 @@ def _read_until(connection: socket.socket, word: bytes) -> bytes:
 
 
 @pytest.mark.anyio
-async def test_a_handler_cancelled_at_any_moment_frees_its_rows(client: httpx.AsyncClient, house: Any) -> None:
+async def test_r9_a_handler_cancelled_at_any_moment_frees_its_rows(client: httpx.AsyncClient, house: Any) -> None:
     house.engine.block_at = 1
     for turns in range(40):  # of the loop, from the first row's start on
         asked = asyncio.create_task(client.post("/v1/completions", json={"model": "tiny-base", "prompt": ["a", "b"]}))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.server.gate_bed import CALL, EASY, HARD, STATIC, SURE, UNSURE, Bed, chunks_of, head, message_of, text_of
 from tests.steering.gate_world import called
 
@@ -119,7 +119,7 @@ async def test_a_queue_that_filled_up_meanwhile_refuses_no_half_answered_request
     def script(row: str) -> Said:
         if "-again" in row:
             return NEW
-        admission.queued_tokens += 99
+        admission.server.queued_tokens += 99
         return Said((CALL,))
 
     bed.house.engine.script = script

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.engine.base import EngineDeadError, EngineError, EngineLoadError, GrammarError
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.server.gate_bed import CALL, EASY, HARD, STATIC, SURE, Bed, head, message_of
 from tests.server.test_disconnect import post_chat
 from tests.steering.gate_world import document, stage, tool

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from steering.gate.signals import ptrue_messages
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.server.gate_bed import (
     CALL,
     EASY,

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.core import GateMode
 from server.telemetry import JsonFormatter
 from steering.toolgate import Action, Reason
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.server.gate_bed import CALL, EASY, HARD, STATIC, SURE, UNSURE, Bed
 from tests.steering.gate_world import stage
 

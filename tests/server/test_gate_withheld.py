@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.conftest import Said
+from tests.server.fake_engine import Said
 from tests.server.gate_bed import CALL, EASY, HARD, STATIC, SURE, Bed, chunks_of, head, message_of, text_of
 
 pytestmark = pytest.mark.anyio

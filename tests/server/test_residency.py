@@ -14,7 +14,8 @@ from server.artifacts.store import Store
 from server.config import Settings
 from server.core import Sampling, TokenEvent
 from server.engine.base import EngineDelta, EngineEdit
-from tests.server.conftest import ADMIN, ByteTokenizer, FakeEngine, House
+from tests.server.conftest import ADMIN, ByteTokenizer, House
+from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 

@@ -149,8 +149,8 @@ settings = Settings()
 ports = {"port": 0, "admin_port": 0 if sys.argv[2] == "split" else None}
 with serve._listening(settings.server.model_copy(update=ports)) as listeners:
     store.open()
-    context, keyring = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
-    app = serve._app(context, keyring, listeners)
+    context, keys = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
+    app = serve._app(context, keys, listeners)
     status = asyncio.run(serve._run(app, context.gateway, listeners, settings.server))
     store.close()
 sys.exit(status)
@@ -184,7 +184,8 @@ def until(url: str, status: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("process", ["load"], indirect=True)
-def test_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_r11_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    """After SIGTERM: not ready and 503 at once, while the running stream ends as it would have; then exit 0."""
     url = first_url(process)
     assert until(f"{url}/health/live", 200) == {"status": "alive"}
     assert until(f"{url}/health/ready", 503) == {"status": "loading"}
@@ -195,6 +196,11 @@ def test_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str]
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
+        assert until(f"{url}/health/ready", 503) == {"status": "draining"}
+        refused = httpx.post(f"{url}/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert int(refused.headers["retry-after"]) > 0
+        assert httpx.get(f"{url}/health/live").status_code == 200
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
@@ -202,7 +208,23 @@ def test_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str]
     assert process.returncode == 0
     assert out.endswith("engine stopped\n")
     records = [json.loads(line) for line in err.splitlines()]
-    assert [record["status"] for record in records if record.get("route") == "/v1/completions"] == [200]
+    assert [record["status"] for record in records if record.get("route") == "/v1/completions"] == [503, 200]
+
+
+@pytest.mark.parametrize("process", ["load"], indirect=True)
+def test_r11_what_runs_on_past_the_time_is_cut_with_a_second_signal(
+    process: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    url = first_url(process)
+    (tmp_path / "go").touch()
+    until(f"{url}/health/ready", 200)
+    with httpx.stream("POST", f"{url}/v1/completions", json={"model": "b", "prompt": "a", "stream": True}) as response:
+        next(response.iter_lines())
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out.endswith("engine stopped\n")) == (0, True)
 
 
 @pytest.mark.parametrize("process", ["split"], indirect=True)

@@ -1,0 +1,200 @@
+"""Who may do what: scopes on every route, deltas per key, limits per key."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+
+from server.app import ADMIN, INFERENCE, PUBLIC, ROUTES
+from server.auth import require_admin, require_inference
+from server.config import Settings
+from server.keys import hash_key
+
+pytestmark = pytest.mark.anyio
+
+CHAT = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def keys(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"keys": [{"hash": hash_key(f"{entry['id']}-key"), **entry} for entry in entries], "admin_keys": "admin-key"}
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}-key"}
+
+
+@pytest.fixture
+async def shared(build: Callable[..., Any], settings: Settings) -> AsyncGenerator[Any, None]:
+    """A house with keys for two teams, one with limits, and one that may do both."""
+    auth = keys(
+        {"id": "red", "deltas": ["red", "shared-*"]},
+        {"id": "blue", "deltas": ["blue"]},
+        {"id": "none", "deltas": []},
+        {"id": "both", "scopes": ["inference", "admin"]},
+        {"id": "operator", "scopes": ["admin"]},
+        {"id": "small", "max_concurrent": 2, "max_queued_tokens": 40},
+        {"id": "slow", "requests_per_minute": 2},
+    )
+    house = build(settings=settings.model_copy(update={"auth": type(settings.auth).model_validate(auth)}))
+    await house.gateway.start()
+    yield house
+    await house.gateway.stop()
+
+
+@pytest.fixture
+async def ask(shared: Any) -> AsyncGenerator[Callable[..., Any], None]:
+    async with shared.client({}) as client:
+
+        async def ask(name: str, model: str = "tiny-base", **fields: Any) -> httpx.Response:
+            body = {"model": model, "prompt": "a", **fields}
+            return await client.post("/v1/completions", json=body, headers=bearer(name))
+
+        yield ask
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+async def test_s4_every_route_is_classified_and_guarded_as_its_class_says(shared: Any) -> None:
+    """Also a route that did not come through the table."""
+    guards = {PUBLIC: [], INFERENCE: [require_inference], ADMIN: [require_admin]}
+    table = {(method, path): access for access, method, path, _ in ROUTES}
+    assert len(table) == len(ROUTES)
+    served = set()
+    for route in shared.app.routes:
+        assert isinstance(route, APIRoute), f"{route} is none of ours"
+        for method in route.methods:
+            assert (method, route.path) in table, f"{method} {route.path} is not classified"
+            access = table[method, route.path]
+            assert [depends.dependency for depends in route.dependencies] == guards[access]
+            assert (access == ADMIN) == (route.path.startswith("/v1/admin"))
+            served.add((method, route.path))
+    assert served == set(table)
+
+
+@pytest.mark.parametrize(
+    ("authorization", "inference", "admin"),
+    [
+        (None, (401, "missing_api_key"), (401, "missing_api_key")),
+        ("", (401, "missing_api_key"), (401, "missing_api_key")),
+        ("Bearer", (401, "missing_api_key"), (401, "missing_api_key")),
+        ("Basic red-key", (401, "missing_api_key"), (401, "missing_api_key")),
+        ("Bearer nope", (401, "invalid_api_key"), (401, "invalid_api_key")),
+        ("Bearer RED-KEY", (401, "invalid_api_key"), (401, "invalid_api_key")),
+        (f"Bearer {hash_key('both-key')}", (401, "invalid_api_key"), (401, "invalid_api_key")),
+        ("bearer red-key", None, (403, "insufficient_scope")),
+        ("Bearer operator-key", (403, "insufficient_scope"), None),
+        ("Bearer both-key", None, None),
+        ("Bearer admin-key", None, None),
+    ],
+)
+async def test_s3_every_route_with_every_kind_of_key(
+    shared: Any, authorization: str | None, inference: tuple[int, str] | None, admin: tuple[int, str] | None
+) -> None:
+    async with shared.client({} if authorization is None else {"authorization": authorization}) as client:
+        for access, method, path, _ in ROUTES:
+            response = await client.request(method, re.sub(r"{[^}]*}", "x", path))
+            refusal = {PUBLIC: None, INFERENCE: inference, ADMIN: admin}[access]
+            if refusal is None:
+                assert response.status_code not in (401, 403), path
+            else:
+                assert code(response) == refusal, path
+                assert (response.headers.get("www-authenticate") == "Bearer") == (refusal[0] == 401)
+
+
+@pytest.mark.parametrize("auth", [{}, {"api_keys": "user-key"}])
+async def test_s3_without_an_admin_key_the_admin_plane_is_closed(build: Callable[..., Any], auth: Any) -> None:
+    house = build(settings=Settings.model_validate({"auth": auth}))
+    await house.gateway.start()
+    for key in ("user-key", "whatever"):
+        async with house.client({"authorization": f"Bearer {key}"}) as client:
+            for access, method, path, _ in ROUTES:
+                if access == ADMIN:
+                    response = await client.request(method, re.sub(r"{[^}]*}", "x", path))
+                    assert code(response) == (403, "admin_disabled"), path
+            answered = (await client.post("/v1/chat/completions", json=CHAT)).status_code
+            assert answered == (401 if auth and key == "whatever" else 200)
+    await house.gateway.stop()
+
+
+async def test_s5_a_delta_of_somebody_else_is_not_there(shared: Any, ask: Any) -> None:
+    """404 with the very words of a name that nobody has, also as a part of a combination, and missing in the list."""
+    async with shared.client(bearer("both")) as admin:
+        for name in ("red", "blue", "shared-1"):
+            query = {"name": name, "sha256": hash_key(name).removeprefix("sha256:")}
+            assert (await admin.post("/v1/admin/deltas", params=query, content=name)).status_code == 201
+        seen = {}
+        for name in ("red", "blue", "none", "both"):
+            listed = (await admin.get("/v1/models", headers=bearer(name))).json()["data"]
+            seen[name] = [card["id"] for card in listed]
+            for model in ("red", "blue", "shared-1"):
+                one = await admin.get(f"/v1/models/{model}", headers=bearer(name))
+                assert (one.status_code == 200) == (model in seen[name])
+    assert seen == {
+        "red": ["tiny-base", "red", "shared-1"],
+        "blue": ["tiny-base", "blue"],
+        "none": ["tiny-base"],
+        "both": ["tiny-base", "blue", "red", "shared-1"],
+    }
+    for name, models in seen.items():
+        for model in ("tiny-base", "red", "blue", "shared-1"):
+            assert ((await ask(name, model)).status_code == 200) == (model in models)
+            combined = await ask(name, delta=[{"name": model}]) if model != "tiny-base" else None
+            assert combined is None or (combined.status_code == 200) == (model in models)
+    assert (await ask("blue", "red")).json() == (await ask("blue", "nobody")).json()
+    parts = [{"name": "blue", "weight": 0.5}, {"name": "red"}]
+    hidden, absent = await ask("blue", delta=parts), await ask("blue", delta=[parts[0], {"name": "nobody"}])
+    assert (code(hidden), hidden.json()) == ((404, "model_not_found"), absent.json())
+    assert shared.idle()
+
+
+async def test_rows_of_a_key_are_429_and_those_of_others_go_on(shared: Any, ask: Any) -> None:
+    shared.engine.block_at = 1
+    running = [asyncio.create_task(ask("small")) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert len(shared.engine.running) == 2
+    shared.engine.block_at = None
+    refused = await ask("small")
+    assert code(refused) == (429, "tenant_concurrency_exceeded")
+    assert refused.headers["retry-after"] == "1"
+    assert 0 < int(refused.headers["retry-after-ms"]) <= 1000
+    assert "x-should-retry" not in refused.headers
+    assert (await ask("red")).status_code == 200
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    assert (await ask("small")).status_code == 200
+    never = await ask("small", n=3, temperature=1)
+    assert code(never) == (400, "invalid_value")
+    assert shared.idle()
+
+
+async def test_prompt_tokens_of_a_key_are_429_while_they_wait(shared: Any, ask: Any) -> None:
+    shared.engine.block_at = 0
+    running = asyncio.create_task(ask("small", prompt="a" * 30))
+    while not shared.engine.running:
+        await asyncio.sleep(0)
+    shared.engine.block_at = None
+    refused = await ask("small", prompt="a" * 11)
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await ask("small", prompt="a" * 10)).status_code == 200
+    assert code(await ask("small", prompt="a" * 41)) == (400, "invalid_value")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert (await ask("small", prompt="a" * 11)).status_code == 200
+    assert shared.idle()
+
+
+async def test_requests_a_minute_are_429_with_the_time_until_the_next(shared: Any, ask: Any) -> None:
+    assert [(await ask("slow")).status_code for _ in range(2)] == [200, 200]
+    refused = await ask("slow")
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert 25 < int(refused.headers["retry-after-ms"]) / 1000 <= 30
+    assert refused.headers["retry-after"] == "30"
+    assert (await ask("red")).status_code == 200
