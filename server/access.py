@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from server import gate_report
+from server.build import installed
 from server.decisions import Steered
 from server.errors import describe
 from server.telemetry import Exchange, Telemetry
@@ -21,7 +22,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 # Probes and scrapes come every few seconds and say nothing that the metrics do not.
-_QUIET = ("/health/live", "/health/ready", "/metrics")
+_QUIET = ("/health", "/health/live", "/health/ready", "/ping", "/metrics")
 
 log = logging.getLogger("deltaworks.request")
 
@@ -45,11 +46,7 @@ class AccessMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", exchange.request_id.encode()),
-                    *gate_report.headers(exchange.decisions.gated),
-                ]
+                message["headers"] = [*message["headers"], *_headers(exchange)]
             await send(message)
 
         try:
@@ -100,6 +97,21 @@ class AccessMiddleware:
             fields["tool_gate"] = told
         level = logging.ERROR if exchange.error else logging.INFO
         log.log(level, "request", extra={"fields": fields}, exc_info=exchange.error)
+
+
+def _headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
+    """Of every answer; those about a delta where a request has come so far."""
+    made = exchange.decisions
+    waits_s = {"x-queue-time-ms": made.queue_s, "x-swap-time-ms": made.delta_wait_s}
+    told = {
+        "x-request-id": exchange.request_id,
+        "x-gateway-version": installed().version,
+        "x-delta-id": made.delta,
+        "x-delta-version": made.delta_version,
+        **{name: None if waited_s is None else f"{waited_s * 1000:.1f}" for name, waited_s in waits_s.items()},
+    }
+    found = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
+    return found + gate_report.headers(made.gated)
 
 
 def _steering(steered: Steered) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from server import errors
 from server.access import AccessMiddleware, App, Receive, Send
 from server.auth import require_admin, require_inference
 from server.keys import Keys
-from server.routes import artifacts, generation, health, models, operation
+from server.routes import artifacts, generation, health, models, operation, tokens
 from server.routes.context import Context
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
@@ -22,11 +22,20 @@ Route: TypeAlias = tuple[str, str, str, Callable[..., Any]]
 Table: TypeAlias = tuple[Route, ...]
 
 ROUTES: Table = (
+    (PUBLIC, "GET", "/health", health.live),
     (PUBLIC, "GET", "/health/live", health.live),
     (PUBLIC, "GET", "/health/ready", health.ready),
+    (PUBLIC, "GET", "/ping", health.live),
+    (PUBLIC, "POST", "/ping", health.live),
+    (PUBLIC, "GET", "/version", health.version),
     (PUBLIC, "GET", "/metrics", health.metrics),
     (INFERENCE, "POST", "/v1/chat/completions", generation.chat),
     (INFERENCE, "POST", "/v1/completions", generation.completions),
+    (INFERENCE, "POST", "/tokenize", tokens.tokenize),
+    (INFERENCE, "POST", "/v1/tokenize", tokens.tokenize),
+    (INFERENCE, "POST", "/detokenize", tokens.detokenize),
+    (INFERENCE, "POST", "/v1/detokenize", tokens.detokenize),
+    (INFERENCE, "GET", "/tokenizer_info", tokens.tokenizer_info),
     (INFERENCE, "GET", "/v1/models", models.list_models),
     (INFERENCE, "GET", "/v1/models/{model_id:path}", models.get_model),
     (ADMIN, "POST", "/v1/admin/deltas", artifacts.upload),

@@ -62,6 +62,10 @@ class ServerSettings(Section):
     body_timeout_s: float = Field(default=30.0, gt=0)  # for a body, and for every 64 KiB of an upload
     header_timeout_s: float = Field(default=10.0, gt=0)  # for a connection to bring the head of a request
     max_header_bytes: int = Field(default=64 << 10, ge=1024)  # of that head
+    tokenizer_info: bool = False  # whether /tokenizer_info tells special tokens and the chat template
+    keep_alive_s: float = Field(
+        default=15.0, ge=0, allow_inf_nan=False
+    )  # a stream that is silent that long sends a comment; 0: none
     shutdown_timeout_s: int = Field(default=30, ge=0)  # running requests may finish this long after SIGTERM
 
     @model_validator(mode="after")
@@ -98,6 +102,7 @@ class EngineSettings(Section):
     max_resident_edits: int = Field(default=64, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)  # tokens of one step; longer prompts go in chunks
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # priority: requests may say who goes first (`priority`)
     enforce_eager: bool = True
     kernel: Literal["auto", "native", "torch"] = (
         "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds

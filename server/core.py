@@ -28,10 +28,25 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What a text is held to: `rule` is a JSON schema, a regular expression or a grammar in EBNF; a choice has `choices`.
+
+    `field` is where the request says so.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    field: str
+    rule: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How one row is sampled. `temperature` 0 is greedy; `logprobs` counts the alternatives per token, None is off.
 
-    The text is JSON by `json_schema` where that is given. Special tokens are part of the text where they are not skipped.
+    `prompt_logprobs` does so for the prompt's tokens. `logit_bias`: pairs of a token id and what is added to its logit.
+    Special tokens are part of the text where they are not skipped. Of the rows that wait for the engine those of the lowest
+    `priority` go first, where it heeds that.
     """
 
     max_tokens: int
@@ -42,20 +57,27 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
-    json_schema: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    structure: Structure | None = None
     skip_special_tokens: bool = True
+    priority: int = 0
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """`logprob` None = it has none, as the first token of a prompt."""
+
     token_id: int
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple["TokenLogprob", ...] = ()
 
 
@@ -74,6 +96,7 @@ class TokenEvent:
     """What one decoding step added to choice `index`: `text` and `token_ids` are the new part only.
 
     Where tool calls are read, they and the reasoning are apart from the text, which may lag behind the tokens.
+    `prompt_logprobs` come with a choice's first event, from the prompt's second token on.
     """
 
     index: int
@@ -85,6 +108,7 @@ class TokenEvent:
     cached_tokens: int
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,15 +178,17 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """`tools` are those that the prompt shows."""
+    """`tools` are those that the prompt shows. `special_tokens`: the tokenizer's own go around what the template writes."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class TextPrompt:
     text: str
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -267,6 +293,7 @@ class GenerationRequest:
     `request_id` is ours and unique; the client's x-request-id is only echoed and logged.
     `fill_context` is set when the client named no limit: `sampling.max_tokens` is then our cap, cut to what the
     context leaves. `opt_out` is set when the client said that it wants no steering, rather than nothing about it.
+    `echo` "prompt" is an answer that is the prompt alone; the token that the engine makes on the way is not sent.
     """
 
     request_id: str
@@ -281,6 +308,7 @@ class GenerationRequest:
     tool_gate: ToolGateAsk = ToolGateAsk()
     options: SteeringOptions = SteeringOptions()
     opt_out: bool = False
+    echo: Literal["prompt", "both"] | None = None
     combine: tuple[
         DeltaPart, ...
     ] = ()  # deltas that are served as their weighted sum, beside `model`, which is the base

@@ -117,6 +117,7 @@ class Decisions:
     parts: tuple[DeltaPart, ...] = ()  # of a combination
     system_fingerprint: str | None = None
     delta_digest: str | None = None
+    delta_version: str | None = None  # behind the @ of a name that goes on meaning this
     base_fingerprint: str | None = None
     template_sha256: str | None = None  # of the template that renders the request; None for a prompt of plain text
     queue_s: float | None = None  # waited for its turn

@@ -49,6 +49,7 @@ class Problem:
 
 REQUEST, CONFLICT, STORAGE = "invalid_request_error", "conflict_error", "storage_error"
 UNAVAILABLE, RATE = "service_unavailable_error", "rate_limit_error"
+_MAX_MESSAGE = 1000  # characters
 
 TABLE: dict[type[Exception], Mapping] = {
     core.GatewayError: Mapping(500, "server_error", "internal_error", "internal error"),
@@ -91,6 +92,7 @@ TABLE: dict[type[Exception], Mapping] = {
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),
     engine.EngineLoadError: Mapping(500, "server_error", "delta_load_failed", "the delta could not be loaded"),
+    engine.SamplingError: Mapping(400, REQUEST, "invalid_value"),
     engine.GrammarError: Mapping(400, REQUEST, "invalid_value"),
     engine.EditUnavailableError: Mapping(409, CONFLICT, "edit_unavailable"),
     pool.EditLoadFailed: Mapping(500, "server_error", "edit_load_failed"),
@@ -135,7 +137,7 @@ def describe(error: Exception) -> Problem:
     if mapping.status == 401:
         headers["www-authenticate"] = "Bearer"
     code = mapping.code.format(kind=getattr(error, "kind", ""))
-    return _problem(replace(mapping, code=code), mapping.message or str(error)[:2000], param, headers)
+    return _problem(replace(mapping, code=code), mapping.message or str(error)[:_MAX_MESSAGE], param, headers)
 
 
 async def answer(request: Request, error: Exception) -> JSONResponse:

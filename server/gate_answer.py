@@ -33,7 +33,9 @@ def draft_as_answer(draft: Sequence[TokenEvent], sampling: Sampling, alternative
         or not sampling.min_tokens <= tokens <= sampling.max_tokens
         or sampling.ignore_eos
         or any(stop in text for stop in sampling.stop)
-        or bool(sampling.presence_penalty or sampling.frequency_penalty)
+        or bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias or sampling.structure)
+        or sampling.repetition_penalty != 1
+        or any(stop in event.token_ids for event in draft for stop in sampling.stop_token_ids)
         or (sampling.logprobs or 0) > alternatives
     )
     return None if differs else [_with_logprobs(event, sampling.logprobs) for event in draft]

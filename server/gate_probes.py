@@ -175,4 +175,5 @@ def _draft(events: Sequence[TokenEvent]) -> Draft:
 
 
 def _finite(token: TokenLogprob) -> float:
+    assert token.logprob is not None  # only the first token of a prompt has none
     return max(token.logprob, _LEAST_LOGPROB)

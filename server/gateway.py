@@ -13,8 +13,18 @@ from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
 from server.config import RestartSettings
-from server.core import ChatPrompt, GatewayError, GenerationRequest, Sampling, TokenEvent, ToolUse
+from server.core import (
+    ChatPrompt,
+    GatewayError,
+    GenerationRequest,
+    InvalidRequest,
+    Prompt,
+    Sampling,
+    TokenEvent,
+    ToolUse,
+)
 from server.decisions import Decisions, ToolCalls
+from server.echo import echoed
 from server.engine.base import EditUnavailableError, Engine, EngineDeadError, EngineDelta, EngineEdit, EngineError
 from server.gate import Gate
 from server.gate_run import Gating
@@ -138,11 +148,13 @@ class Gateway:
         self, request: GenerationRequest, decisions: Decisions, caller: Caller
     ) -> AsyncGenerator[TokenEvent, None]:
         self._tools.check(request.tools)
+        self._prompts.check_tokens(request.sampling)
         with self._admission.permit(request.rows, caller) as permit:
             resolved = self._resolve(request, caller)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.parts = resolved.parts
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
+            decisions.delta_version = resolved.version
             self._note_identity(request, resolved.delta, decisions)
             asked = time.perf_counter()
             wanted = self._planner.plan(request, decisions)
@@ -167,6 +179,15 @@ class Gateway:
                     raise EngineError("the engine ended a request before it was finished")
         decisions.total_s = time.perf_counter() - decisions.started
 
+    async def tokenize(self, model: str | None, prompt: Prompt, use: ToolUse | None, caller: Caller) -> list[int]:
+        """The ids of a prompt as `generate` has them; of the base where no model is named.
+
+        Raises ModelNotFound, InvalidRequest, NoChatTemplate.
+        """
+        delta = self._registry.resolve(model, caller.may_use).delta if model is not None else None
+        template = delta.chat_template if delta else ""
+        return await self._prompts.tokenize(self._tools.show(prompt, use), template)
+
     async def _ask(
         self, asking: "_Asking", use: ToolUse | None, n: int | None = None
     ) -> AsyncGenerator[TokenEvent, None]:
@@ -181,6 +202,11 @@ class Gateway:
             asking.flow.served(decisions.prompt_tokens)
         row_id = request.request_id + (f"-again{attempt}" if attempt else "")
         answered = self._answer(Work(request, row_id, prompts, sampling, asking.delta), asking.plan, decisions)
+        if request.echo is not None:
+            texts = [
+                await self._prompts.echo(prompt, ids) for prompt, ids in zip(request.prompts, prompts, strict=True)
+            ]
+            answered = echoed(answered, texts, sampling.n, request.echo == "prompt")
         async with aclosing(self._tools.read(answered, use, decisions)) as events:
             async for event in events:
                 asking.permit.started()
@@ -308,7 +334,7 @@ class Gateway:
         return together(joined, len(streams), sampling.n) if proof and proof.before_first_token else joined
 
     def _fit(self, request: GenerationRequest, prompt_tokens: int) -> Sampling:
-        """The sampling with a token limit that fits the context. Raises ContextLengthExceeded."""
+        """The sampling with a token limit that fits the context. Raises ContextLengthExceeded, InvalidRequest."""
         sampling, context = request.sampling, self._engine.max_model_len
         room = context - prompt_tokens
         if room < 1:
@@ -317,12 +343,17 @@ class Gateway:
                 f"the prompt has {prompt_tokens} tokens and leaves no room in the context of {context}", param=param
             )
         if request.fill_context:
-            return replace(sampling, max_tokens=min(sampling.max_tokens, room))
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
         if sampling.max_tokens > room:
             raise ContextLengthExceeded(
                 f"the prompt's {prompt_tokens} tokens and max_tokens {sampling.max_tokens} "
                 f"together exceed the context of {context}",
                 param="max_tokens",
+            )
+        if sampling.min_tokens > sampling.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {sampling.min_tokens} is more than the answer may have, {sampling.max_tokens}",
+                param="min_tokens",
             )
         return sampling
 

@@ -1,4 +1,4 @@
-"""The parameters of a tool: is this a JSON schema that a prompt can show and a grammar can be made of?"""
+"""JSON schemas of tools and of answers: is this one that a prompt can show and a grammar can be made of?"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +26,11 @@ def problem_of(schema: dict[str, Any]) -> str | None:
     """What is wrong with a tool's parameters, or None."""
     if schema.get("type", "object") != "object":
         return 'parameters is a JSON schema whose type is "object"'
+    return schema_problem(schema)
+
+
+def schema_problem(schema: dict[str, Any]) -> str | None:
+    """What is wrong with a JSON schema of anything, or None."""
     try:
         _Walk(schema).visit(schema, 0)
     except _BadSchema as error:

@@ -7,14 +7,27 @@ model's own as they always were.
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from jinja2 import TemplateError
 
-from server.core import ChatPrompt, GatewayError, InvalidRequest, Message, Prompt, TextPrompt, Tool
+from server.core import (
+    ChatPrompt,
+    GatewayError,
+    InvalidRequest,
+    Message,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenLogprob,
+    Tool,
+)
+from server.echo import PromptText
+
+Result = TypeVar("Result")
 
 
 class TokenizerError(Exception):
@@ -43,6 +56,18 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text with its special tokens."""
+        ...
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own words for the tokens."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What clients that bring their own tokenizer want to know, as JSON."""
+        ...
+
     def apply_chat_template(self, messages: Sequence[Message]) -> str: ...
 
     def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str: ...
@@ -65,24 +90,62 @@ class PromptRenderer:
 
     async def render(self, prompt: Prompt, template: str = "") -> list[int]:
         """`template`: a fine-tune's own, for chats without tools. Raises InvalidRequest, NoChatTemplate."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, prompt, template)
+        ids = await self.tokenize(prompt, template)
+        if not ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return ids
+
+    async def tokenize(self, prompt: Prompt, template: str = "") -> list[int]:
+        """As `render`, and no ids of no text."""
+        return await self._run(self._render, prompt, template)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """Raises InvalidRequest."""
+        self._check_known(ids, "tokens")
+        return await self._run(self._tokenizer.decode, ids)
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str]:
+        return await self._run(self._tokenizer.token_texts, ids)
+
+    def tokenizer_facts(self) -> dict[str, Any]:
+        return self._tokenizer.facts()
+
+    async def echo(self, prompt: Prompt, ids: Sequence[int]) -> PromptText:
+        """A prompt of these ids, as an answer repeats it."""
+        return await self._run(self._echo, prompt, ids)
+
+    def check_tokens(self, sampling: Sampling) -> None:
+        """Are the tokens that the sampling names in the vocabulary? Raises InvalidRequest."""
+        for field, ids in (
+            ("logit_bias", (token for token, _ in sampling.logit_bias)),
+            ("stop_token_ids", iter(sampling.stop_token_ids)),
+        ):
+            self._check_known(ids, field)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    async def _run(self, work: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    def _echo(self, prompt: Prompt, ids: Sequence[int]) -> PromptText:
+        text = prompt.text if isinstance(prompt, TextPrompt) else self._tokenizer.decode(ids)
+        return PromptText(text, TokenLogprob(ids[0], self._tokenizer.decode(ids[:1]), None))
+
     def _render(self, prompt: Prompt, template: str) -> list[int]:
         if isinstance(prompt, ChatPrompt):
-            ids = self._tokenizer.encode(self._chat_text(prompt, template), add_special_tokens=False)
+            ids = self._tokenizer.encode(self._chat_text(prompt, template), prompt.special_tokens)
         elif isinstance(prompt, TextPrompt):
-            ids = self._tokenizer.encode(prompt.text, add_special_tokens=True)
+            ids = self._tokenizer.encode(prompt.text, prompt.special_tokens)
         else:
             ids = list(prompt.ids)
-            unknown = next((token for token in ids if token >= self._tokenizer.vocab_size), None)
-            if unknown is not None:
-                raise InvalidRequest(f"token id {unknown} is outside the vocabulary", param="prompt")
-        if not ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
+            self._check_known(ids, "prompt")
         return ids
+
+    def _check_known(self, ids: Iterable[int], field: str) -> None:
+        unknown = next((token for token in ids if token >= self._tokenizer.vocab_size), None)
+        if unknown is not None:
+            raise InvalidRequest(f"token id {unknown} is outside the vocabulary", param=field)
 
     def _chat_text(self, prompt: ChatPrompt, template: str) -> str:
         if not template and not self._tokenizer.chat_template:
@@ -125,6 +188,24 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        texts: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return [text or "" for text in texts]  # rows that only fill the vocabulary up have no word
+
+    def facts(self) -> dict[str, Any]:
+        named = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {name: getattr(self._tokenizer, name, None) for name in named}
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "vocab_size": self.vocab_size,
+            **{name: None if token is None else str(token) for name, token in special.items()},
+            "chat_template": self.chat_template or None,
+        }
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         rendered: str = self._tokenizer.apply_chat_template(

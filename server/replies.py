@@ -15,6 +15,14 @@ Json = dict[str, Any]
 MAX_POSITIONS = 64
 
 
+@dataclass(frozen=True)
+class StreamedUsage:
+    """Which chunks of a stream tell the usage: one of its own at the end, and every one that of so far."""
+
+    at_end: bool = False
+    always: bool = False
+
+
 @dataclass
 class Choice:
     """One choice while its events are folded."""
@@ -67,7 +75,7 @@ class Reply(ABC):
             "gateway": self._gateway(),
         }
 
-    async def chunks(self, events: AsyncIterator[TokenEvent], include_usage: bool) -> AsyncGenerator[Json, None]:
+    async def chunks(self, events: AsyncIterator[TokenEvent], usage: StreamedUsage) -> AsyncGenerator[Json, None]:
         """The chunks of a stream; the last one carries `gateway`, and the usage when it was asked for.
 
         What steering did and the tool gate decided is known with the first token, so the first chunk tells it too.
@@ -82,14 +90,14 @@ class Reply(ABC):
                 if last is not None:
                     yield last
                 last = {**self._envelope(self.chunk_object), "choices": [choice | self._label(event.index)]}
-                if include_usage:
-                    last["usage"] = None
+                if usage.at_end or usage.always:
+                    last["usage"] = self._usage() if usage.always else None
                 if first:
                     last["gateway"], first = first, {}
                 if not choice["finish_reason"]:  # nothing can be known to be last before a choice is finished
                     yield last
                     last = None
-        if last is not None and include_usage:
+        if last is not None and usage.at_end:
             yield last
             last = {**self._envelope(self.chunk_object), "choices": [], "usage": self._usage()}
         if last is not None:
@@ -123,6 +131,7 @@ class Reply(ABC):
         return {
             "delta": made.delta if made.delta_digest else None,
             "delta_digest": made.delta_digest,
+            "delta_version": made.delta_version,
             **({"deltas": [asdict(part) for part in made.parts]} if made.parts else {}),
             "base_fingerprint": made.base_fingerprint,
             "template_sha256": made.template_sha256,
@@ -201,7 +210,9 @@ class CompletionReply(Reply):
     def deltas(self, event: TokenEvent) -> Iterator[Json]:
         if event.text or event.logprobs or event.finish_reason is not None:
             offset = self._text_length.get(event.index, 0)
-            self._text_length[event.index] = offset + len(event.text)
+            # Where tokens are told their text counts: what may yet become a stop string comes later than its tokens.
+            said = (token.text for token in event.logprobs) if event.logprobs else (event.text,)
+            self._text_length[event.index] = offset + sum(map(len, said))
             yield {
                 "index": event.index,
                 "text": event.text,
@@ -220,7 +231,10 @@ class CompletionReply(Reply):
             "tokens": [token.text for token in tokens],
             "token_logprobs": [_finite(token) for token in tokens],
             # OpenAI: the sampled token is always among them, so there can be one more than asked for.
-            "top_logprobs": [{other.text: _finite(other) for other in (*token.top, token)} for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {other.text: _finite(other) for other in (*token.top, token)}
+                for token in tokens
+            ],
             "text_offset": offsets,
         }
 
@@ -285,8 +299,8 @@ def _token(token: TokenLogprob) -> Json:
     return {"token": token.text, "logprob": _finite(token), "bytes": list(token.text.encode())}
 
 
-def _finite(token: TokenLogprob) -> float:
-    return max(token.logprob, -9999.0)  # JSON has no -inf; the value is vLLM's
+def _finite(token: TokenLogprob) -> float | None:
+    return None if token.logprob is None else max(token.logprob, -9999.0)  # JSON has no -inf; the value is vLLM's
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -7,7 +7,18 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from server.core import CallDelta, ChatPrompt, FinishReason, InvalidRequest, Prompt, Sampling, TokenEvent, Tool, ToolUse
+from server.core import (
+    CallDelta,
+    ChatPrompt,
+    FinishReason,
+    InvalidRequest,
+    Prompt,
+    Sampling,
+    Structure,
+    TokenEvent,
+    Tool,
+    ToolUse,
+)
 from server.decisions import Decisions, ToolCalls
 from server.engine.base import GrammarError
 from server.toolcalls import PARSERS
@@ -48,9 +59,8 @@ class Toolbox:
         if use.choice in ("auto", "none"):
             return replace(sampling, skip_special_tokens=self._parser not in _MARKED)
         named = [named_schema(tool) for tool in use.tools if tool.name == use.named]
-        return replace(
-            sampling, json_schema=json.dumps(named[0] if named else required_schema(use.tools, use.parallel))
-        )
+        schema = named[0] if named else required_schema(use.tools, use.parallel)
+        return replace(sampling, structure=Structure("json_schema", "tools", json.dumps(schema)))
 
     def read(
         self, events: AsyncGenerator[TokenEvent, None], use: ToolUse | None, decisions: Decisions
@@ -72,6 +82,8 @@ class Toolbox:
                         choices[event.index] = _Choice(self._reader(use), use, self._drop_unknown)
                     yield choices[event.index].read(event, counted)
         except GrammarError as error:
+            if error.param != "tools":
+                raise
             raise InvalidRequest(f"the tools' parameters cannot be enforced: {error}", param="tools") from error
 
     def _reader(self, use: ToolUse) -> Parser:

@@ -1,7 +1,11 @@
 """How JSON and form fields are read: the base of all wire models, and what a reader's complaint becomes."""
 
-from collections.abc import Mapping
-from typing import Annotated, TypeVar
+import difflib
+import json
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -9,9 +13,25 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from server.core import GatewayError, InvalidRequest
 
 # Fields of the request in which a mistake is named to the last part. Validators of our own do so everywhere.
-_DOTTED = ("steering", "conflict", "tools", "tool_choice", "tool_gate", "delta")
+_DOTTED = (
+    "steering",
+    "conflict",
+    "tools",
+    "tool_choice",
+    "tool_gate",
+    "delta",
+    "response_format",
+    "structured_outputs",
+)
 _OWN_ERRORS = ("missing_at", "wrong_at")
 _MAX_PARAM = 200
+MAX_PROBLEMS = 10
+MAX_KEYS = 4096  # of one object: none of ours comes near, and every unknown one would be a problem to tell
+_MAX_PROBLEM = 200  # characters of one
+_MAX_KEY = 64  # characters of a key that a message repeats
+_MAX_UNREAD = 64  # names of fields that the log tells
+
+log = logging.getLogger("deltaworks.wire")
 
 
 class InvalidJson(GatewayError):
@@ -27,6 +47,9 @@ class UnsupportedParameter(GatewayError):
 
 
 class WireModel(BaseModel):
+    """`unserved`: fields that would change the answer and that we do not do, refused wherever they say anything."""
+
+    unserved: ClassVar[Collection[str]] = ()
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
 
 
@@ -39,12 +62,32 @@ class OwnModel(WireModel):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse(model: type[Body], body: bytes) -> Body:
+class Unread:
+    """Which fields of requests nobody reads; the log tells each name once, and of a flood of names the first ones."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def note(self, fields: Collection[str]) -> None:
+        new = {field[:_MAX_KEY] for field in fields} - self._told
+        for field in sorted(new)[: _MAX_UNREAD - len(self._told)]:
+            self._told.add(field)
+            log.info("a field that nothing reads", extra={"fields": {"field": field}})
+
+
+def parse(model: type[Body], body: bytes, unread: Unread | None = None) -> Body:
     """Raises InvalidJson, MissingParameter, UnsupportedParameter, InvalidRequest."""
+    found = _decode(body)
+    if isinstance(found, dict) and issubclass(model, WireModel):
+        for field in model.unserved:
+            if found.get(field):
+                raise UnsupportedParameter(f"{field} is not supported", param=field)
+        if unread is not None:
+            unread.note(found.keys() - model.model_fields.keys())
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False, include_input=False)) from None
+        raise _explain(model, error.errors(include_url=False, include_input=False)) from None
 
 
 def check(model: type[Body], fields: Mapping[str, str]) -> Body:
@@ -52,7 +95,7 @@ def check(model: type[Body], fields: Mapping[str, str]) -> Body:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False, include_input=False)) from None
+        raise _explain(model, error.errors(include_url=False, include_input=False)) from None
 
 
 def unsupported(param: str) -> PydanticCustomError:
@@ -69,17 +112,83 @@ def wrong_field(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("wrong_at", "{message}", {"field": field, "message": message})
 
 
-def _explain(details: list[ErrorDetails]) -> GatewayError:
+def _decode(body: bytes) -> Any:
+    """Refuses what pydantic's reader lets through: keys that are given twice, numbers that are none.
+
+    Raises InvalidJson, InvalidRequest.
+    """
+    try:
+        return json.loads(
+            body.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite_number
+        )
+    except RecursionError:
+        raise InvalidJson("the body is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise InvalidJson(f"the body is not valid JSON: {reason}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"an object of the body has more than {MAX_KEYS} keys")
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidJson(f"the body is not valid JSON: the key {twice[:_MAX_KEY]!r} is given twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise InvalidJson(f"the body is not valid JSON: {text} is no number")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise InvalidJson("the body is not valid JSON: a number is too large")
+    return number
+
+
+def _explain(model: type[BaseModel], details: list[ErrorDetails]) -> GatewayError:
     first = details[0]
     if first["type"] == "json_invalid":
         return InvalidJson(f"the body is not valid JSON: {first['ctx']['error']}")
     param = _param(first)
-    problems = "; ".join(f"{'.'.join(map(str, d['loc'])) or 'body'}: {d['msg']}"[:300] for d in details[:5])
+    problems = "; ".join(_problem(model, detail)[:_MAX_PROBLEM] for detail in details[:MAX_PROBLEMS])
     if first["type"] in ("missing", "missing_at"):
         return MissingParameter(problems, param=param)
     if first["type"] == "unsupported":
         return UnsupportedParameter(first["msg"], param=first["ctx"]["param"])
     return InvalidRequest(problems, param=param)
+
+
+def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
+    path = detail["loc"]
+    message = detail["msg"]
+    if detail["type"] == "extra_forbidden":
+        key = str(path[-1])
+        known = sorted(_keys_at(model, path[:-1]))
+        near = difflib.get_close_matches(key[:_MAX_KEY], known, n=1)
+        message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+    return f"{'.'.join(str(part)[:_MAX_KEY] for part in path) or 'body'}: {message}"
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
+    """The keys that the objects there have. Parts of the path that are no fields number items, or name a kind of a union."""
+    models = {model}
+    for part in path:
+        fields = [field for kind in models for name, field in kind.model_fields.items() if part in (name, field.alias)]
+        models = {found for field in fields for found in _models_in(field.annotation)} or models
+    return {field.alias or name for kind in models for name, field in kind.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    """The wire models that a field can hold; a root model stands for what is in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        root = annotation.model_fields.get("root")
+        return _models_in(root.annotation) if root else {annotation}
+    return {found for part in get_args(annotation) for found in _models_in(part)}
 
 
 def _param(detail: ErrorDetails) -> str | None:

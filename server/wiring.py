@@ -29,6 +29,7 @@ from server.telemetry import Telemetry
 from server.tool_template import choose
 from server.tools import Toolbox
 from server.turns import TurnMetrics, Turns
+from server.wire import Unread
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ def wire(
     prober = Prober(engine, prompts, planner, edits, admission)
     gate = Gate(settings.gate, known, prober, base.fingerprint)
     drain_s = limits.drain_timeout_s
-    edge = settings.server
     context = Context(
         gateway=Gateway(
             engine,
@@ -90,13 +90,9 @@ def wire(
         saes=Lifecycle(store, saes, edits, checks.sae, telemetry, drain_s),
         policies=Lifecycle(store, policies, known, checks.policy, telemetry, drain_s),
         telemetry=telemetry,
-        limits=Limits(
-            edge.max_body_bytes,
-            edge.max_upload_bytes,
-            edge.default_max_tokens,
-            edge.body_timeout_s,
-            edge.request_timeout_s,
-        ),
+        limits=_limits(settings),
+        prompts=prompts,
+        unread=Unread(),
     )
     return context, _keys(settings.auth)
 
@@ -131,6 +127,20 @@ def _planner(
         settings.max_strength,
         _default_steering(settings),
         settings.allow_opt_out,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    edge = settings.server
+    return Limits(
+        edge.max_body_bytes,
+        edge.max_upload_bytes,
+        edge.default_max_tokens,
+        edge.body_timeout_s,
+        edge.request_timeout_s,
+        settings.engine.scheduling_policy == "priority",
+        edge.tokenizer_info,
+        edge.keep_alive_s,
     )
 
 

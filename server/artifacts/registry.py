@@ -239,11 +239,15 @@ class Registry(Generic[V]):
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a request means: the base (`delta` None), a delta at one digest, or a combination of `parts`, at theirs."""
+    """What a request means: the base (`delta` None), a delta at one digest, or a combination of `parts`, at theirs.
+
+    NAME@`version` means the same, whatever happens to the name.
+    """
 
     name: str
     delta: EngineDelta | None
     parts: tuple[DeltaPart, ...] = ()
+    version: str | None = None
 
 
 class DeltaRegistry(Registry[DeltaVersion]):
@@ -259,10 +263,26 @@ class DeltaRegistry(Registry[DeltaVersion]):
             raise StoreError(f"the base is called {self.base_id!r} like a stored delta; set server.served_name")
 
     def resolve(self, model: str, may_use: MayUse) -> Resolved:
-        """A delta that may not be used is as one that is not there. Raises ModelNotFound."""
-        if model == self.base_id:
-            return Resolved(self.base_id, None)
-        return Resolved(model, self._delta(model, "model", may_use))
+        """`model` is the base's id, or names a delta as `lookup` reads it. Raises ModelNotFound."""
+        return Resolved(self.base_id, None) if model == self.base_id else self._delta(model, "model", may_use)
+
+    def lookup(self, model: str, param: str, may_use: MayUse) -> tuple[Ref[DeltaVersion], DeltaVersion]:
+        """The name and version that NAME, BASE:NAME, NAME@VERSION or BASE:NAME@VERSION means; the first that there is.
+
+        A delta that may not be used is as one that is not there. Raises ModelNotFound.
+        """
+        name = model.removeprefix(f"{self.base_id}:")
+        start, _, wanted = name.rpartition("@")
+        for ref, version in (
+            (self._refs.get(model), None),
+            (self._refs.get(name), None),
+            (self._refs.get(start), wanted),
+        ):
+            if ref is not None and may_use(ref.name):
+                found = ref.active() if version is None else ref.at(version)
+                if found is not None:
+                    return ref, found
+        raise ModelNotFound("the model does not exist, or you have no access to it", param=param)
 
     def combine(self, model: str, parts: Sequence[DeltaPart], chat: bool, may_use: MayUse) -> Resolved:
         """The weighted sum of named deltas; one alone that counts once is that delta. `chat`: its template will be used.
@@ -274,24 +294,22 @@ class DeltaRegistry(Registry[DeltaVersion]):
             raise InvalidRequest(message, param="model")
         deltas: list[WeightedDelta] = []
         for i, part in enumerate(parts):
-            found = self._delta(part.name, f"delta.{i}.name", may_use)
-            if any(found == other.delta for other in deltas):
+            one = self._delta(part.name, f"delta.{i}.name", may_use)
+            assert one.delta is not None  # `_delta` finds no base
+            if any(one.delta == other.delta for other in deltas):
                 raise InvalidRequest("two names of one and the same delta; add up its weights", param=f"delta.{i}.name")
-            deltas.append(WeightedDelta(found, part.weight))
-        if len(parts) == 1 and parts[0].weight == 1:
-            return Resolved(parts[0].name, deltas[0].delta)
-        named = tuple(replace(part, digest=one.delta.digest) for part, one in zip(parts, deltas, strict=True))
+            if len(parts) == 1 and part.weight == 1:
+                return one
+            deltas.append(WeightedDelta(one.delta, part.weight))
+        named = tuple(replace(part, digest=found.delta.digest) for part, found in zip(parts, deltas, strict=True))
         return Resolved(COMBINED, combination(deltas, chat), named)
 
-    def _delta(self, name: str, param: str, may_use: MayUse) -> EngineDelta:
-        """The active version of a delta, as the engine knows it. Raises ModelNotFound."""
-        ref = self._refs.get(name) if may_use(name) else None
-        if ref is None or ref.digest is None:
-            raise ModelNotFound("the model does not exist, or you have no access to it", param=param)
-        delta, version = self.engine_delta(ref.digest), ref.active()
-        if version is not None:
-            delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
-        return delta
+    def _delta(self, model: str, param: str, may_use: MayUse) -> Resolved:
+        """Raises ModelNotFound."""
+        ref, version = self.lookup(model, param, may_use)
+        delta = self.engine_delta(version.digest)
+        delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
+        return Resolved(ref.name, delta, version=ref.label(version.digest))
 
     async def set_pinned(self, name: str, pinned: bool) -> Ref[DeltaVersion]:
         """Raises NameNotFound, ArtifactBusy."""

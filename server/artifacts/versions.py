@@ -1,5 +1,6 @@
 """What is durable about artifacts: the uploaded versions of each kind, and the names that point to them."""
 
+import re
 from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -83,14 +84,24 @@ class PolicyVersion(Version):
 V = TypeVar("V", bound=Version)
 
 
+_MAX_HISTORY = 1000  # moves of a name that are remembered
+_GENERATION = re.compile(r"[0-9]{1,11}")
+_DIGEST_START = re.compile(r"[0-9a-f]{12,64}")
+
+
 def _is_false(value: object) -> bool:
     return value is False
+
+
+def _is_empty(value: object) -> bool:
+    return value == ()
 
 
 class Ref(Facts, Generic[V]):
     """A name: `digest` is what it points to (None = nothing yet), `generation` counts the moves.
 
-    `pinned`: what it points to is to stay resident.
+    `pinned`: what it points to is to stay resident. `history`: what it pointed to in the last generations, this one's last;
+    names that have never moved since it is kept have none.
     """
 
     format: Literal[1] = 1
@@ -99,6 +110,7 @@ class Ref(Facts, Generic[V]):
     generation: int
     versions: tuple[V, ...]
     pinned: bool = Field(default=False, exclude_if=_is_false)
+    history: tuple[str, ...] = Field(default=(), exclude_if=_is_empty)
 
     def version(self, digest: str) -> V | None:
         return next((version for version in self.versions if version.digest == digest), None)
@@ -109,4 +121,25 @@ class Ref(Facts, Generic[V]):
     def pointing_to(self, digest: str) -> "Ref[V]":
         if digest == self.digest:
             return self
-        return self.model_copy(update={"digest": digest, "generation": self.generation + 1})
+        history = (*self._history(), digest)[-_MAX_HISTORY:]
+        return self.model_copy(update={"digest": digest, "generation": self.generation + 1, "history": history})
+
+    def at(self, wanted: str) -> V | None:
+        """The version of a generation, or of the digest that begins so: 12 digits or more, and no other begins so."""
+        if _GENERATION.fullmatch(wanted):
+            back = self.generation - int(wanted)
+            history = self._history()
+            return self.version(history[-1 - back]) if 0 <= back < len(history) else None
+        if not _DIGEST_START.fullmatch(wanted):
+            return None
+        found = [version for version in self.versions if version.digest.startswith(wanted)]
+        return found[0] if len(found) == 1 else None
+
+    def label(self, digest: str) -> str:
+        """What `at` takes for that digest: the last generation that pointed to it, or how it begins."""
+        history = self._history()
+        back = next((back for back, old in enumerate(reversed(history)) if old == digest), None)
+        return digest[:12] if back is None else str(self.generation - back)
+
+    def _history(self) -> tuple[str, ...]:
+        return self.history or ((self.digest,) if self.digest else ())

@@ -27,8 +27,16 @@ class EngineLoadError(EngineError):
         self.retry_after_s = retry_after_s
 
 
-class GrammarError(EngineError):
-    """The engine cannot hold a text to the JSON schema that was asked for; raised before the first event."""
+class SamplingError(EngineError):
+    """The engine does not take a value of the request's sampling; raised before the first event. `param` is the field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class GrammarError(SamplingError):
+    """The engine cannot hold a text to the structure that was asked for."""
 
 
 class EditUnavailableError(EngineError):
@@ -122,7 +130,7 @@ class Engine(Protocol):
     ) -> AsyncGenerator[TokenEvent, None]:
         """Stream the `sampling.n` choices of one prompt; closing the iterator aborts the rows. `edit` must be loaded.
 
-        Raises GrammarError before the first event, EngineError.
+        Raises SamplingError before the first event, EngineError.
         """
         ...
 

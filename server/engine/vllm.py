@@ -12,7 +12,7 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,15 @@ from server.engine.base import (
     EngineEdit,
     EngineError,
     EngineLoadError,
-    GrammarError,
     LayerReport,
 )
 from server.engine.flags import passed_on
+from server.engine.sampling import check_grammar, sampling_error, sampling_params
 from server.engine.worker.positions import EditedRequest, Positions
 
 if TYPE_CHECKING:
     from vllm.logprobs import Logprob
-    from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.sampling_params import SamplingParams
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _MAX_CPU_KV_BYTES = 4 << 30
@@ -116,22 +115,20 @@ class VLLMEngine:
         if delta is not None and delta.digest not in self._resident:
             raise EngineDeadError("the engine has been restarted since the delta was loaded")
         lora = None if delta is None else self._lora_request(delta)
-        params = _sampling_params(sampling, delta)
-        if edit is not None:
-            params.extra_args = self._edited_request(edit, request_id).to_extra_args()
         llm = self._running()
-        stream = llm.generate(prompt, params, request_id, lora_request=lora)
         try:
+            params = sampling_params(sampling, delta)
+            if edit is not None:
+                params.extra_args = self._edited_request(edit, request_id).to_extra_args()
+            stream = llm.generate(prompt, params, request_id, lora_request=lora, priority=sampling.priority)
             async with aclosing(stream):
                 async for output in stream:
-                    if sampling.json_schema is not None:
-                        _check_grammar(output)
-                    for event in _events(output, sampling.logprobs):
+                    if sampling.structure is not None:
+                        check_grammar(output, sampling.structure)
+                    for event in _events(output, sampling):
                         yield event
         except VLLMValidationError as error:
-            if sampling.json_schema is None:
-                raise
-            raise GrammarError(str(error)) from error
+            raise sampling_error(error, sampling) from error
         except VLLMDeadError as error:
             raise EngineDeadError("the engine stopped") from error
         except EngineGenerateError as error:
@@ -298,6 +295,7 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         "kv_cache_memory_bytes": kv_bytes,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "scheduling_policy": settings.scheduling_policy,
         "enforce_eager": settings.enforce_eager
         or not on_cpu,  # the torch form of a delta cannot be captured in a CUDA graph
         "enable_lora": True,
@@ -321,51 +319,25 @@ def _set_environment(settings: EngineSettings) -> None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
 
 
-def _sampling_params(sampling: Sampling, delta: EngineDelta | None) -> SamplingParams:
-    """A fine-tune's end tokens stand in place of the base's, which `ignore_eos` takes away, unless it keeps those too."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
-    stop_ids = delta.stop_ids if delta is not None else ()
-    own_only = bool(stop_ids) and not (delta is not None and delta.base_stops)
-    schema = sampling.json_schema
-    return SamplingParams(
-        n=sampling.n,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        logprobs=sampling.logprobs,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        ignore_eos=sampling.ignore_eos or own_only,
-        stop_token_ids=[] if sampling.ignore_eos else list(stop_ids),
-        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
-        skip_special_tokens=sampling.skip_special_tokens,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _check_grammar(output: RequestOutput) -> None:
-    """vLLM ends a request whose grammar does not compile as an "error", before its first token."""
-    if any(choice.finish_reason == "error" and not choice.token_ids for choice in output.outputs):
-        raise GrammarError("the grammar of the JSON schema could not be built")
-
-
-def _events(output: RequestOutput, num_logprobs: int | None) -> list[TokenEvent]:
-    prompt_tokens = len(output.prompt_token_ids or ())
+def _events(output: RequestOutput, sampling: Sampling) -> list[TokenEvent]:
+    prompt_tokens, wanted = len(output.prompt_token_ids or ()), sampling.prompt_logprobs
+    of_prompt: tuple[TokenLogprob, ...] = ()
+    if wanted is not None and output.prompt_logprobs:  # with the first output alone; the first token has none
+        of_prompt = _logprobs(output.prompt_token_ids[1:], output.prompt_logprobs[1:], wanted)
     return [
         TokenEvent(
             index=choice.index,
             text=choice.text,
             token_ids=tuple(choice.token_ids),
-            logprobs=None if num_logprobs is None else _logprobs(choice, num_logprobs),
+            logprobs=(
+                None
+                if sampling.logprobs is None
+                else _logprobs(choice.token_ids, choice.logprobs or (), sampling.logprobs)
+            ),
             finish_reason=_finish_reason(choice.finish_reason),
             prompt_tokens=prompt_tokens,
             cached_tokens=output.num_cached_tokens or 0,
+            prompt_logprobs=of_prompt,
         )
         for choice in output.outputs
     ]
@@ -379,10 +351,10 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
     return FinishReason(reason)
 
 
-def _logprobs(choice: CompletionOutput, num_logprobs: int) -> tuple[TokenLogprob, ...]:
+def _logprobs(token_ids: Sequence[int], logprobs: Iterable[Any], num_logprobs: int) -> tuple[TokenLogprob, ...]:
     """vLLM lists the chosen token together with the likeliest ones, which carry the ranks 1, 2, ..."""
     tokens = []
-    for token_id, found in zip(choice.token_ids, choice.logprobs or (), strict=True):
+    for token_id, found in zip(token_ids, logprobs, strict=True):
         ranked = sorted(found.items(), key=lambda item: item[1].rank)
         top = tuple(_token_logprob(i, entry) for i, entry in ranked if entry.rank <= num_logprobs)
         tokens.append(dataclasses.replace(_token_logprob(token_id, found[token_id]), top=top))

@@ -12,18 +12,25 @@ from server.artifacts.pool import EditPool
 from server.artifacts.registry import DeltaRegistry
 from server.artifacts.versions import PolicyVersion, ProfileVersion, SAEVersion
 from server.gateway import Gateway
+from server.prompt import PromptRenderer
 from server.telemetry import Telemetry
+from server.wire import Unread
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of a request body and of an upload; tokens where a request names no limit; how long a body and an answer may take."""
+    """What the edge allows: bytes of a request body and of an upload, tokens where a request names no limit, how long a body
+    and an answer may take, priorities, /tokenizer_info. A stream that says nothing for `keep_alive_s` sends a comment; 0 = none.
+    """
 
     max_body_bytes: int
     max_upload_bytes: int
     default_max_tokens: int
     body_timeout_s: float
     request_timeout_s: float | None
+    priorities: bool
+    tokenizer_info: bool
+    keep_alive_s: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Context:
     policies: Lifecycle[PolicyVersion]
     telemetry: Telemetry
     limits: Limits
+    prompts: PromptRenderer
+    unread: Unread
 
 
 async def _context(request: Request) -> Context:

@@ -16,23 +16,35 @@ from server.routes.body import ClientGone, read_body, until_gone
 from server.routes.context import Context, Ctx
 from server.schemas import ChatRequest, CompletionRequest, SamplingFields
 from server.telemetry import Exchange
-from server.wire import parse
+from server.wire import UnsupportedParameter, parse
 
 
 async def chat(request: Request, context: Ctx) -> Response:
-    body = parse(ChatRequest, await read_body(request, context.limits.max_body_bytes))
+    body = parse(ChatRequest, await read_body(request, context.limits.max_body_bytes), context.unread)
+    _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
-    reply = ChatReply(generation.request_id, body.model, decisions, generation.sampling.logprobs is not None)
+    reply = ChatReply(
+        body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
+    )
     return await _answer(request, context, body, generation, reply)
 
 
 async def completions(request: Request, context: Ctx) -> Response:
-    body = parse(CompletionRequest, await read_body(request, context.limits.max_body_bytes))
+    body = parse(CompletionRequest, await read_body(request, context.limits.max_body_bytes), context.unread)
+    _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
-    reply = CompletionReply(generation.request_id, body.model, decisions, generation.sampling.logprobs is not None)
+    reply = CompletionReply(
+        body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
+    )
     return await _answer(request, context, body, generation, reply)
+
+
+def _check_priority(body: SamplingFields, context: Context) -> None:
+    """Raises UnsupportedParameter."""
+    if body.priority and not context.limits.priorities:
+        raise UnsupportedParameter('priority needs engine.scheduling_policy = "priority"', param="priority")
 
 
 async def _answer(
@@ -51,7 +63,8 @@ async def _answer(
         first = await until_gone(request.receive, anext(events))
         if body.stream:
             leaving.pop_all()
-            return EventStream(first, events, reply, body.include_usage, exchange)
+            frames = sse.stream(reply, _chain(first, events), body.streamed_usage, exchange)
+            return EventStream(events, frames, exchange, context.limits.keep_alive_s)
         return JSONResponse(await until_gone(request.receive, reply.body(_chain(first, events))))
 
 
@@ -62,18 +75,18 @@ class EventStream(Response):
 
     def __init__(
         self,
-        first: TokenEvent,
         rest: AsyncGenerator[TokenEvent, None],
-        reply: Reply,
-        include_usage: bool,
+        frames: AsyncGenerator[bytes, None],
         exchange: Exchange,
+        keep_alive_s: float,
     ) -> None:
         # x-accel-buffering: nginx would otherwise hold the tokens back.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._rest = rest
         self._exchange = exchange
-        self._frames = sse.stream(reply, _chain(first, rest), include_usage, exchange)
+        self._frames = frames
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest), aclosing(self._frames):
@@ -83,9 +96,14 @@ class EventStream(Response):
                 self._exchange.failed_status, self._exchange.error_code = 499, "client_gone"
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for frame in self._frames:
+        async def write(frame: bytes) -> None:
             await send({"type": "http.response.body", "body": frame, "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        line = sse.Line(write, self._keep_alive_s)
+        async with line.kept_alive():
+            async for frame in self._frames:
+                await line.say(frame)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

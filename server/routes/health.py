@@ -1,9 +1,12 @@
-"""Liveness, readiness and metrics: no key, no waiting for the engine."""
+"""Liveness, readiness, version and metrics: no key, no waiting for the engine."""
+
+from typing import Any
 
 from fastapi import Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 
+from server.build import installed
 from server.routes.context import Ctx
 from server.supervisor import State
 
@@ -20,6 +23,16 @@ async def ready(context: Ctx) -> JSONResponse:
         return JSONResponse({"status": state})
     after_s = context.gateway.supervisor.dead_error().retry_after_s if state is State.ENGINE_DEAD else 5
     return JSONResponse({"status": state}, 503, {"retry-after": str(after_s or 60)})
+
+
+async def version(context: Ctx) -> dict[str, Any]:
+    build = installed()
+    return {
+        "version": build.version,
+        "git_sha": build.git_sha,
+        "base": context.registry.base_id,
+        "base_fingerprint": context.gateway.base_fingerprint,
+    }
 
 
 async def metrics(request: Request, context: Ctx) -> Response:

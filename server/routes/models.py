@@ -4,7 +4,6 @@ from typing import Any
 
 from fastapi import Request
 
-from server.artifacts.registry import ModelNotFound
 from server.artifacts.versions import DeltaVersion, Ref
 from server.routes.context import Context, Ctx
 from server.telemetry import Exchange
@@ -12,23 +11,21 @@ from server.telemetry import Exchange
 
 async def list_models(request: Request, context: Ctx) -> dict[str, Any]:
     """What the caller may use."""
-    deltas = [_delta_card(context, ref) for ref in _usable(request, context)]
+    caller = Exchange.of(request.scope).caller
+    deltas = [
+        _delta_card(context, ref.name, ref, version)
+        for ref in context.registry.refs()
+        if (version := ref.active()) and caller.may_use(ref.name)
+    ]
     return {"object": "list", "data": [_base_card(context), *deltas]}
 
 
 async def get_model(model_id: str, request: Request, context: Ctx) -> dict[str, Any]:
-    """Raises ModelNotFound."""
+    """By any name that the caller's requests may use. Raises ModelNotFound."""
     if model_id == context.registry.base_id:
         return _base_card(context)
-    for ref in _usable(request, context):
-        if ref.name == model_id:
-            return _delta_card(context, ref)
-    raise ModelNotFound("the model does not exist, or you have no access to it", param="model")
-
-
-def _usable(request: Request, context: Context) -> list[Ref[DeltaVersion]]:
-    caller = Exchange.of(request.scope).caller
-    return [ref for ref in context.registry.refs() if ref.digest is not None and caller.may_use(ref.name)]
+    may_use = Exchange.of(request.scope).caller.may_use
+    return _delta_card(context, model_id, *context.registry.lookup(model_id, "model", may_use))
 
 
 def _card(context: Context, name: str, parent: str | None, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +37,7 @@ def _card(context: Context, name: str, parent: str | None, created: int, metadat
         "root": context.registry.base_id,
         "parent": parent,
         "max_model_len": context.gateway.max_model_len,
+        "permission": [],
         "metadata": metadata,
     }
 
@@ -49,9 +47,15 @@ def _base_card(context: Context) -> dict[str, Any]:
     return _card(context, context.registry.base_id, None, context.gateway.created, metadata)
 
 
-def _delta_card(context: Context, ref: Ref[DeltaVersion]) -> dict[str, Any]:
-    version = ref.active()
-    assert version is not None  # the alias only ever points to one of the versions
+def _delta_card(context: Context, name: str, ref: Ref[DeltaVersion], version: DeltaVersion) -> dict[str, Any]:
     state, _ = context.pool.state(version.digest)
-    metadata = {"kind": "delta", "digest": version.digest, "state": state, "nbytes": version.nbytes}
-    return _card(context, ref.name, context.registry.base_id, version.created, metadata)
+    metadata = {
+        "kind": "delta",
+        "name": ref.name,
+        "version": ref.label(version.digest),
+        "digest": version.digest,
+        "state": state,
+        "nbytes": version.nbytes,
+        "pinned": ref.pinned,
+    }
+    return _card(context, name, context.registry.base_id, version.created, metadata)

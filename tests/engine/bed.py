@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.config import EngineSettings
-from server.core import Sampling
+from server.core import Sampling, TokenEvent
 from server.engine.base import EditReport, EngineDelta, EngineEdit
 from server.engine.vllm import VLLMEngine
 
@@ -64,6 +64,16 @@ class Runner:
     def sampled(self, row: Row, sampling: Sampling) -> list[Answer]:
         """One row under settings of the test's own."""
         return self.loop.run_until_complete(self._generate(row, sampling))
+
+    def events(self, row: Row, sampling: Sampling) -> list[TokenEvent]:
+        """All that one row answers."""
+        return self.loop.run_until_complete(self.collect(row, sampling))
+
+    async def collect(self, row: Row, sampling: Sampling) -> list[TokenEvent]:
+        self._count += 1
+        stream = self.engine.generate(f"row-{self._count}", row.prompt, sampling, row.delta, row.cache_salt, row.edit)
+        async with aclosing(stream):
+            return [event async for event in stream]
 
     async def _answer(self, rows: list[Row], max_tokens: int) -> list[Answer]:
         return list(await asyncio.gather(*(self._one(row, max_tokens) for row in rows)))

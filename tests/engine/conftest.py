@@ -74,8 +74,8 @@ def tiny_deltas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Runner]:
-    """One engine with all three deltas resident."""
-    runner = Runner(tiny_base, engine_settings())
+    """One engine with all three deltas resident. It heeds priorities; where all are equal that changes nothing."""
+    runner = Runner(tiny_base, engine_settings(scheduling_policy="priority"))
     for delta in tiny_deltas:
         runner.load(delta)
     yield runner

@@ -8,7 +8,7 @@ from compressors.merge import MergeConfig, merge
 from server.artifacts.combination import combination
 from server.core import Sampling
 from server.engine.base import EngineDelta, EngineLoadError, WeightedDelta
-from server.engine.vllm import _sampling_params
+from server.engine.sampling import sampling_params
 from tests.engine.bed import Row, Runner
 from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle, running
 from tests.engine.test_whole import World, untied_base, world  # noqa: F401  # fixtures
@@ -104,7 +104,7 @@ def test_a_part_that_is_not_resident_is_refused(world: World):  # noqa: F811
 def test_end_tokens_of_the_base_stand_beside_a_parts_own_where_another_part_keeps_them():
     own, plain = EngineDelta("a" * 64, "", stop_ids=(7,)), EngineDelta("b" * 64, "")
     for delta, ignores in ((own, True), (plain, False), (combined((own, 1), (plain, 1)), False)):
-        params = _sampling_params(Sampling(max_tokens=4), delta)
+        params = sampling_params(Sampling(max_tokens=4), delta)
         assert (params.ignore_eos, params.stop_token_ids) == (ignores, list(delta.stop_ids))
 
 

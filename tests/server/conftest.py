@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,37 +24,14 @@ from server.artifacts.checks import Checks, delta_check, policy_check
 from server.artifacts.store import Incoming, Store
 from server.artifacts.versions import ProfileVersion, SAEVersion
 from server.config import Settings
-from server.core import Message, Tool
 from server.gateway import Gateway
 from server.routes.context import Context
 from server.wiring import Base, wire
 from steering.errors import ProfileError, SAEMismatchError
+from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_engine import FakeEngine
 
 API, ADMIN = {"authorization": "Bearer user-key"}, {"authorization": "Bearer admin-key"}
-
-
-class ByteTokenizer:
-    vocab_size = 256
-
-    def __init__(self, chat_template: str = "{{ messages }}") -> None:
-        self.chat_template = chat_template
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(text.encode())
-
-    def apply_chat_template(self, messages: Sequence[Message]) -> str:
-        return "".join(f"{message.role[0]}:{message.content}\n" for message in messages)
-
-    @property
-    def own_tool_template(self) -> str:
-        return self.chat_template
-
-    def apply_tool_template(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-        """A line of what is shown, then the chat."""
-        shown = "".join(f"{tool.name};" for tool in tools)
-        called = "".join(f"{call.name}={call.arguments};" for message in messages for call in message.calls)
-        return f"{shown}|{called}|{self.apply_chat_template(messages)}"
 
 
 def fake_verify(path: Path) -> Report:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.core import FinishReason, Sampling, TokenEvent, TokenLogprob, Window
@@ -122,7 +122,12 @@ class FakeEngine:
                     top = tuple(TokenLogprob(9, text, logprob) for text, logprob in said.top)
                     logprobs = (TokenLogprob(step, word, said.logprob, top),)
                     finish = reason if step + 1 == len(words) else None
-                    yield TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
+                    event = TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
+                    if sampling.prompt_logprobs is not None and step == 0:
+                        alternatives = top[: sampling.prompt_logprobs]
+                        scored = (TokenLogprob(token, chr(token), -0.25, alternatives) for token in ids[1:])
+                        event = replace(event, prompt_logprobs=tuple(scored))
+                    yield event
         finally:
             self.running.discard(request_id)
 

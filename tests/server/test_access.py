@@ -144,6 +144,9 @@ async def test_s5_a_delta_of_somebody_else_is_not_there(shared: Any, ask: Any) -
     for name, models in seen.items():
         for model in ("tiny-base", "red", "blue", "shared-1"):
             assert ((await ask(name, model)).status_code == 200) == (model in models)
+            if model != "tiny-base":
+                for form in (f"tiny-base:{model}", f"{model}@1", f"tiny-base:{model}@1"):
+                    assert ((await ask(name, form)).status_code == 200) == (model in models)
             combined = await ask(name, delta=[{"name": model}]) if model != "tiny-base" else None
             assert combined is None or (combined.status_code == 200) == (model in models)
     assert (await ask("blue", "red")).json() == (await ask("blue", "nobody")).json()

@@ -46,7 +46,7 @@ async def left_alone(bed: Bed, reason: str, kinds: list[str], **fields: Any) -> 
     "said",
     [
         Said((), error=EngineError("it cannot")),
-        Said((), error=GrammarError("it cannot")),
+        Said((), error=GrammarError("it cannot", param="tools")),
         Said((), error=TypeError("a fault of ours: canary")),
         Said((), error=KeyError("canary")),
         Said(("a",), NAN),
@@ -195,7 +195,7 @@ async def test_a_changed_request_that_fails_is_asked_as_it_came(bed: Bed, stream
 
 async def test_a_grammar_that_the_gate_asked_for_is_no_fault_of_the_request(bed: Bed) -> None:
     await bed.policy(**STATIC, thresholds={"suppress": 0.8, "require": 0.5})
-    bed.say(main=Said((), error=GrammarError("uniqueItems")), **{"again1-0": Said((CALL,))})
+    bed.say(main=Said((), error=GrammarError("uniqueItems", param="tools")), **{"again1-0": Said((CALL,))})
     response = await bed.ask(HARD, tool_gate={"mode": "enforce", "allow_require": True})
     assert (head(response), bed.kinds) == (("allow", "gate_error"), ["0", "again1-0"])
     assert message_of(response)["tool_calls"]

@@ -225,7 +225,7 @@ async def test_what_is_forced_stays(bed: Bed, choice: Any) -> None:
         assert told["tool_choice_in"] == told["tool_choice_out"] == choice
         assert bed.kinds == ["0"]
         assert bed.prompt(0).startswith("calculator;")
-        assert (bed.house.engine.calls[0][1].json_schema is None) == (choice == "none")
+        assert (bed.house.engine.calls[0][1].structure is None) == (choice == "none")
 
 
 async def test_allowed_tools_are_those_in_play(bed: Bed) -> None:
@@ -298,7 +298,7 @@ async def test_a_call_can_be_required(bed: Bed) -> None:
     assert head(response) == ("require", "likely_underuse")
     assert response.json()["gateway"]["tool_gate"]["tool_choice_out"] == "required"
     assert message_of(response)["tool_calls"][0]["function"]["name"] == "calculator"
-    assert json.loads(bed.house.engine.calls[0][1].json_schema)["minItems"] == 1
+    assert json.loads(bed.house.engine.calls[0][1].structure.rule)["minItems"] == 1
     assert head(await bed.ask(HARD)) == ("allow", "uncertain")
 
 

@@ -138,3 +138,19 @@ def test_sixteen_at_once_over_base_and_deltas(client: openai.OpenAI, digests: di
     assert answers == [f"{words[model]} one two" for model in models]
     assert live.wait_idle()
     assert sorted(live.house.engine.loads) == sorted(digests.values())
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_r10_a_stream_that_fails_midway_raises_and_ends(client: openai.OpenAI, live: Any, endpoint: str) -> None:
+    live.house.engine.fail_at = 2
+    if endpoint == "chat":
+        stream: Any = client.chat.completions.create(model="tiny-base", messages=MESSAGES, stream=True)
+    else:
+        stream = client.completions.create(model="tiny-base", prompt="a", stream=True)
+    received: list[Any] = []
+    with pytest.raises(openai.APIError) as failed:
+        received.extend(stream)
+    assert failed.value.code == "engine_error"
+    assert received
+    assert all(choice.finish_reason is None for chunk in received for choice in chunk.choices)
+    assert live.wait_idle()

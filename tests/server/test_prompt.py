@@ -32,6 +32,22 @@ async def test_default_base_renders_chat_text_and_ids(tokenizer: HuggingFaceToke
     prompts.close()
 
 
+@pytest.mark.anyio
+async def test_default_base_gives_texts_back(tokenizer: HuggingFaceTokenizer) -> None:
+    prompts = PromptRenderer(tokenizer)
+    text = "<|im_start|>user\nĐà Nẵng , isn 't it ?"
+    ids = await prompts.tokenize(TextPrompt(text))
+    assert await prompts.detokenize(ids) == text
+    assert (await prompts.token_texts(ids))[0] == "<|im_start|>"
+    echo = await prompts.echo(TokenPrompt(tuple(ids)), ids)
+    assert (echo.text, echo.first.text, echo.first.logprob) == (text, "<|im_start|>", None)
+    facts = prompts.tokenizer_facts()
+    assert (facts["eos_token"], facts["vocab_size"]) == ("<|im_end|>", 49152)
+    assert json.loads(json.dumps(facts)) == facts
+    assert "/" not in facts["tokenizer_class"]
+    prompts.close()
+
+
 def test_template_is_hashed_as_the_file_has_it(tokenizer: HuggingFaceTokenizer) -> None:
     prompts = PromptRenderer(tokenizer)
     config = json.loads((default_base(progress=False) / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -12,8 +12,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.core import Structure
 from server.engine.base import GrammarError
-from server.engine.vllm import _check_grammar
+from server.engine.sampling import check_grammar
 from server.telemetry import JsonFormatter
 
 pytestmark = pytest.mark.anyio
@@ -150,7 +151,7 @@ async def test_none_shows_the_tools_and_reads_no_calls(client: httpx.AsyncClient
     assert choice["message"]["content"] == "".join(CALLS)
     assert choice["finish_reason"] == "stop"
     assert bytes(house.engine.calls[-1][0]) == b"w;now;||u:hi\n"
-    assert house.engine.calls[-1][1].json_schema is None
+    assert house.engine.calls[-1][1].structure is None
 
 
 async def test_none_can_hide_the_tools(build: Callable[..., Any], settings: Any) -> None:
@@ -179,7 +180,7 @@ async def test_required_is_a_schema_for_the_engine(client: httpx.AsyncClient, ho
         "]",
     )
     choice = await ask(client, tool_choice="required")
-    schema = json.loads(house.engine.calls[-1][1].json_schema)
+    schema = json.loads(house.engine.calls[-1][1].structure.rule)
     assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == ["w", "now"]
     assert schema["$defs"] == {"w": CITY, "now": {"type": "object", "properties": {}}}
     assert "maxItems" not in schema
@@ -190,14 +191,14 @@ async def test_required_is_a_schema_for_the_engine(client: httpx.AsyncClient, ho
     )
     assert functions(folded(await chunks(client, tool_choice="required"))) == functions(choice["message"])
     await ask(client, tool_choice="required", parallel_tool_calls=False)
-    assert json.loads(house.engine.calls[-1][1].json_schema)["maxItems"] == 1
+    assert json.loads(house.engine.calls[-1][1].structure.rule)["maxItems"] == 1
 
 
 async def test_references_move_with_their_schema(client: httpx.AsyncClient, house: Any) -> None:
     inner = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "integer"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": inner}} for name in ("a", "b")]
     await client.post(CHAT, json=chat(tools=tools, tool_choice="required"))
-    schema = json.loads(house.engine.calls[-1][1].json_schema)
+    schema = json.loads(house.engine.calls[-1][1].structure.rule)
     for name in ("a", "b"):
         assert schema["$defs"][name]["properties"]["p"] == {"$ref": f"#/$defs/{name}/$defs/P"}
         assert schema["$defs"][name]["$defs"]["P"] == {"type": "integer"}
@@ -206,7 +207,7 @@ async def test_references_move_with_their_schema(client: httpx.AsyncClient, hous
 async def test_a_named_function_gets_its_arguments_as_they_come(client: httpx.AsyncClient, house: Any) -> None:
     house.engine.texts[0] = ('{"city":', ' "A', '"}')
     choice = await ask(client, tool_choice=NAMED)
-    assert json.loads(house.engine.calls[-1][1].json_schema) == CITY
+    assert json.loads(house.engine.calls[-1][1].structure.rule) == CITY
     assert (choice["finish_reason"], functions(choice["message"])) == ("stop", [("w", '{"city": "A"}')])
     streamed = await chunks(client, tool_choice=NAMED)
     pieces = [choice["delta"]["tool_calls"][0] for choice in streamed if "tool_calls" in choice["delta"]]
@@ -222,11 +223,11 @@ async def test_allowed_tools_are_the_only_ones(client: httpx.AsyncClient, house:
     house.engine.texts[0] = CALLS
     choice = await ask(client, tool_choice=only("auto"))
     assert bytes(house.engine.calls[-1][0]) == b"now;||u:hi\n"
-    assert house.engine.calls[-1][1].json_schema is None
+    assert house.engine.calls[-1][1].structure is None
     assert choice["finish_reason"] == "tool_calls"
     house.engine.texts[0] = ('[{"name": "now", "parameters": {}}]',)
     choice = await ask(client, tool_choice=only("required"))
-    assert list(json.loads(house.engine.calls[-1][1].json_schema)["$defs"]) == ["now"]
+    assert list(json.loads(house.engine.calls[-1][1].structure.rule)["$defs"]) == ["now"]
     assert (choice["finish_reason"], functions(choice["message"])) == ("tool_calls", [("now", "{}")])
 
 
@@ -314,7 +315,7 @@ async def test_half_a_surrogate_pair_ends_no_stream(client: httpx.AsyncClient, h
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_schema_that_the_engine_refuses_is_400(client: httpx.AsyncClient, house: Any, stream: bool) -> None:
-    house.engine.generate_error = GrammarError("uniqueItems is not supported")
+    house.engine.generate_error = GrammarError("uniqueItems is not supported", param="tools")
     response = await client.post(CHAT, json=chat(tool_choice="required", stream=stream))
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "invalid_value", "tools")
@@ -327,10 +328,11 @@ def test_a_grammar_that_vllm_fails_to_compile() -> None:
     tokens: dict[str, Any] = {"bad": [], "late": [7], "fine": []}
     reasons = {"bad": "error", "late": "error", "fine": None}
     outputs = {name: [SimpleNamespace(finish_reason=reasons[name], token_ids=tokens[name])] for name in tokens}
+    schema = Structure("json_schema", "tools", "{}")
     with pytest.raises(GrammarError):
-        _check_grammar(SimpleNamespace(outputs=outputs["bad"]))  # type: ignore[arg-type]
+        check_grammar(SimpleNamespace(outputs=outputs["bad"]), schema)  # type: ignore[arg-type]
     for name in ("late", "fine"):
-        _check_grammar(SimpleNamespace(outputs=outputs[name]))  # type: ignore[arg-type]
+        check_grammar(SimpleNamespace(outputs=outputs[name]), schema)  # type: ignore[arg-type]
 
 
 async def test_an_engine_that_fails_amid_a_call(client: httpx.AsyncClient, house: Any) -> None:
