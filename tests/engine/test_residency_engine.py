@@ -110,7 +110,7 @@ def test_zipf_over_forty_with_room_for_four(runner: Runner, deltas: list[EngineD
     runner.loop.run_until_complete(pool.close())
 
 
-def test_memory_falls_when_deltas_leave(runner: Runner, tiny_base: Path, deltas: list[EngineDelta], tmp_path: Path):
+def test_r4_memory_falls_when_deltas_leave(runner: Runner, tiny_base: Path, deltas: list[EngineDelta], tmp_path: Path):
     """Thirty dense deltas of about 2 MB come and go, three times; the last but one leave the heap with holes."""
     tuned = fine_tune(tiny_base, tmp_path / "tuned", seed=1)
     compress(tiny_base, tuned, tmp_path / "dense.safetensors", BitDeltaConfig())
