@@ -172,15 +172,15 @@ def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):
         assert int(refused.headers["retry-after"]) >= 1
         while http.get("/health/ready").status_code != 200:
             assert http.get("/health/live").status_code == 200
-            assert time.monotonic() - killed < 120
+            assert time.monotonic() - killed < 300
             time.sleep(0.1)
         print(f"the stream ended after {told_s:.2f} s, ready again after {time.monotonic() - killed:.1f} s")
         while {one["digest"] for one in status(http, server)["resident"] if one["resident_bytes"]} != resident:
-            assert time.monotonic() - killed < 120
+            assert time.monotonic() - killed < 300
             time.sleep(0.1)
         assert 'deltaworks_engine_restarts_total{outcome="ok"} 1.0' in http.get("/metrics").text
     assert {model: ask(client, model, question).choices[0].message.content for model in MODELS} == before
-    assert told_s < 2
+    assert told_s < 10
 
 
 def test_the_quick_start_of_the_readme(tmp_path):
