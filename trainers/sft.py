@@ -174,6 +174,7 @@ def _arguments(train: TrainRecipe, seed: int, folder: Path) -> SFTConfig:
         max_length=train.max_length,
         optim="adamw_torch_fused",
         bf16=train.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),  # else bf16 is refused there
         gradient_checkpointing=False,
         save_strategy="steps",
         save_steps=train.save_every,

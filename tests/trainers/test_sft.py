@@ -44,6 +44,21 @@ def test_loss_falls_and_only_projections_change(recipe_file: Path, tiny_base: Pa
     AutoModelForCausalLM.from_pretrained(run.model)
 
 
+def test_products_in_bf16_train_fp32_weights(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    train = recipe.train.model_copy(update={"precision": "bf16", "steps": 4})
+    run = train_sft(recipe.model_copy(update={"train": train}), recipe_file.parent, tmp_path / "run")
+    plain = train_sft(
+        recipe.model_copy(update={"train": train.model_copy(update={"precision": "fp32"})}),
+        recipe_file.parent,
+        tmp_path / "plain",
+    )
+    close, exact = _losses(run.record), _losses(plain.record)
+    assert close != exact
+    assert close == pytest.approx(exact, rel=0.02)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model / "model.safetensors").values())
+
+
 def test_run_json_is_enough_to_repeat_the_run(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file)
     train_sft(recipe, recipe_file.parent, tmp_path / "run")
