@@ -26,6 +26,7 @@ from compressors.values import VALUE_DTYPES, Bits, ValueForm
 
 Rule = Literal["exact", "attention", "mlp"]
 ConfigRule = Literal["exact", "released"]
+_BLURRED = 1e-3  # of the largest singular value: squares in fp32 tell values apart down to here
 _MLP_SHARE = 1.45  # the released code's 2 * i / (h + i), rounded for one 13B model
 
 
@@ -188,15 +189,25 @@ class Spectrum:
 
 
 def decompose(delta: torch.Tensor) -> Spectrum:
-    """Spectrum of a delta [m, n]."""
-    if delta.shape[0] >= delta.shape[1]:
-        u, s, vt = torch.linalg.svd(delta.float(), full_matrices=False)
-    else:  # LAPACK is a third faster on tall matrices
-        v, s, ut = torch.linalg.svd(delta.float().T, full_matrices=False)
-        u, vt = ut.T, v.T
+    """Spectrum of a delta [m, n].
+
+    From the eigenvectors V of D^T D (of the shorter side), in fp32: twice as fast as LAPACK's SVD. V is orthogonal to fp32's
+    precision, so D = (D V) V^T holds to it too, and the values are the lengths of D V; what the squares blur is only how the least
+    values are told apart. Where that is the question, as in a matrix of low rank, it is the SVD.
+    """
+    tall = delta.float() if delta.shape[0] >= delta.shape[1] else delta.float().T
+    right = torch.linalg.eigh(tall.T @ tall)[1]
+    left = tall @ right
+    s, order = left.norm(dim=0).sort(descending=True)
+    if s[len(s) // 2] > _BLURRED * s[0]:
+        left, right = left[:, order] / s.clamp(min=torch.finfo(torch.float32).tiny), right[:, order]
+    else:
+        left, s, right_t = torch.linalg.svd(tall, full_matrices=False)
+        right = right_t.T
+    u, v = (left, right) if delta.shape[0] >= delta.shape[1] else (right, left)
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
     sign = torch.where(largest < 0, -1.0, 1.0)
-    return Spectrum(u * sign, s, vt * sign[:, None])
+    return Spectrum(u * sign, s, (v * sign).T)
 
 
 def kept_counts(drops: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.int32]:
