@@ -26,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_kernel(actions)
     _add_gate(actions)
     _add_compress(actions)
+    _add_compress_loop(actions)
     parsers = actions.add_parser("parsers", help="tool-call parsers on the cases of the Berkeley leaderboard")
     parsers.add_argument("--bfcl", type=Path, required=True, help="folder bfcl_eval/data of the unpacked bfcl-eval")
     parsers.add_argument("--url", help="of a gateway with its /v1: also ask what no tool fits, and what one does")
@@ -98,6 +99,22 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.set_defaults(run=_compress)
 
 
+def _add_compress_loop(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    loop = actions.add_parser(
+        "compress-loop", help="time of ImPart's compression against a plain loop over torch's SVD"
+    )
+    loop.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
+    loop.add_argument("--fine-tune", type=Path, required=True, help="model folder of the full fine-tune")
+    loop.add_argument("--held-out", type=Path, required=True, help="rows {prompt, completion} for the loss (.jsonl)")
+    loop.add_argument("--ratio", type=float, default=32.0, help="by surviving values (default: %(default)g)")
+    loop.add_argument("--beta", type=float, default=0.6, help="(default: %(default)g)")
+    loop.add_argument("--c", type=float, default=1.0, help="(default: %(default)g)")
+    loop.add_argument("--sequences", type=int, default=16, help="of 128 tokens (default: %(default)s)")
+    loop.add_argument("--repeats", type=int, default=2, help="of each; the best counts (default: %(default)s)")
+    loop.add_argument("--json", type=Path, help="also write the rows to this file")
+    loop.set_defaults(run=_compress_loop)
+
+
 def _numbers(text: str) -> list[float]:
     return [float(one) for one in text.split(",")]
 
@@ -145,6 +162,12 @@ def _gate(args: argparse.Namespace) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     from server.bench.compress import run
+
+    return run(args)
+
+
+def _compress_loop(args: argparse.Namespace) -> int:
+    from server.bench.compress_loop import run
 
     return run(args)
 

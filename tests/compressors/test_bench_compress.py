@@ -55,3 +55,35 @@ def test_bad_rows_are_named(tmp_path, capsys):
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "tools": [{}]}\n')
     with pytest.raises(DeltaError, match="has 1 rows without tools"):
         read_questions(file)
+
+
+def test_the_loop_over_svds_compresses_the_same(language_pair, tmp_path, capsys):
+    _, base, tuned = language_pair
+    held_out = tmp_path / "held_out.jsonl"
+    row = {"prompt": "the quick fox", "completion": "jumps over the lazy dog and runs far away from here"}
+    held_out.write_text((json.dumps(row) + "\n") * 12)
+    template = tuned / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    command = ["bench", "compress-loop", "--base", str(base), "--fine-tune", str(tuned), "--held-out", str(held_out)]
+    try:
+        code = main(
+            [
+                *command,
+                "--ratio",
+                "2",
+                "--beta",
+                "0",
+                "--sequences",
+                "1",
+                "--repeats",
+                "1",
+                "--json",
+                f"{tmp_path}/l.json",
+            ]
+        )
+    finally:
+        template.unlink()
+    assert code == 0, capsys.readouterr().err
+    rows = {row["name"]: row for row in json.loads((tmp_path / "l.json").read_text())["rows"]}
+    assert rows["SVD loop, time"]["value"] > 0
+    assert 0.5 < rows["delta compress, loss"]["ratio"] < 2
