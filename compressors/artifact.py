@@ -18,7 +18,10 @@ digests in the records every byte of the file is covered. The arrays of the reco
 Values are fp16, bf16 or int8, and fp32 where a merged delta needs it; or u8 where the record has `bits`: runs of columns with
 their width, each packed by itself (packing.py). An integer is a multiple of its column's step, which coef or scale holds.
 
-Format 1 had seeded masks, the kinds zero, impart, lowrank, raw and rows, and no `bits`; it is read as it was.
+A fine-tune's own tokenizer (tokenizer.py) is stored as `tokenizer::<file>`, u8.
+
+Format 1 had seeded masks, the kinds zero, impart, lowrank, raw and rows, and no `bits`; it is read as it was. Format 3 has a
+tokenizer; a file without one says 2.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +44,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compressors.errors import ArtifactError, FormatVersionError
 
 FORMAT = "deltaworks-delta"
-FORMAT_VERSION = 2
-READABLE = (1, 2)
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+_WITHOUT_TOKENIZER = 2
 MAX_HEADER_BYTES = 64 << 20
 MANIFEST_KEY = "deltaworks"
 SEAL_KEY = "sha256"
@@ -67,7 +71,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-def _is_empty(value: tuple[object, ...]) -> bool:
+def _is_empty(value: Sized) -> bool:
     return not value
 
 
@@ -100,13 +104,25 @@ class Ratios(_Strict):
     whole_file: float | None
 
 
+class TokenizerFile(_Strict):
+    """A file of the fine-tune's own tokenizer: sha256 of its text, of the base's that it is a difference to, of what is stored."""
+
+    sha256: str
+    against: str | None = None
+    stored: str
+
+
 class TokenizerInfo(_Strict):
-    """What the fine-tune's tokenizer says; None where the folder has none. `chat_template`: its text, if not the base's."""
+    """What the fine-tune's tokenizer says; None where the folder has none. `chat_template`: its text, if not the base's.
+
+    `files` by name, where the tokenizer is not the base's.
+    """
 
     vocab_size: int | None = None
     eos_token_id: int | list[int] | None = None
     chat_template_sha256: str | None = None
     chat_template: str | None = None
+    files: dict[str, TokenizerFile] = Field(default={}, exclude_if=_is_empty)
 
 
 class MergedPart(_Strict):
@@ -134,7 +150,7 @@ class Manifest(_Strict):
     """
 
     format: str = FORMAT
-    format_version: int = FORMAT_VERSION
+    format_version: int = _WITHOUT_TOKENIZER
     method: str
     base_fingerprint: str
     base_name: str
@@ -153,6 +169,11 @@ class Manifest(_Strict):
     tool: str
     merged: Merged | None = Field(default=None, exclude_if=_is_none)
     tensors: dict[str, Record]
+
+
+def version_for(tokenizer: TokenizerInfo) -> int:
+    """The oldest format that can say it."""
+    return FORMAT_VERSION if tokenizer.files else _WITHOUT_TOKENIZER
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,8 @@ def _verify(args: argparse.Namespace) -> int:
         report = verify(args.file)
     else:
         base = resolve_base(args.base)
-        report = verify(
-            args.file, fingerprint(base), {name: tensor.shape for name, tensor in stored_tensors(base).items()}
-        )
+        shapes = {name: tensor.shape for name, tensor in stored_tensors(base).items()}
+        report = verify(args.file, fingerprint(base), shapes, base)
     print(f"ok: {', '.join(report.checks)}\nsha256 {report.digest}  {report.nbytes:,} bytes")
     return 0
 

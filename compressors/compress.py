@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -20,19 +20,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compressors.artifact import Manifest, Ratios, Record, TokenizerInfo
+from compressors.artifact import Array, Manifest, Ratios, Record, TokenizerInfo, version_for
 from compressors.calibrate import calibrated
 from compressors.calibration import Calibration
 from compressors.encode import encode_raw, encode_rows
 from compressors.errors import BudgetError
 from compressors.fingerprint import fingerprint
-from compressors.layout import Part, is_embedding, projection_parts
+from compressors.layout import Part, input_table, is_embedding, projection_parts
 from compressors.methods import Config, encode_projection
 from compressors.pairing import matched_names, tied_to
 from compressors.quantize import ImPartQtConfig
 from compressors.ratios import Tally
 from compressors.record import Encoded, as_record
 from compressors.tensors import Checkpoint, one_thread_per_operation
+from compressors.tokenizer import chat_template, own_tokenizer, with_end_token
 from compressors.writer import ArtifactWriter
 
 Task = Callable[[], list[Encoded]]  # one per output
@@ -82,9 +83,9 @@ def compress_each(
             "base_fingerprint": fingerprint(base),
             "base_name": name or base.name,
             "architecture": str(next(iter(new.config.get("architectures") or []), "unknown")),
-            "tokenizer": _tokenizer_info(old, new),
         }
-        return [output.finish(common) for output in outputs]
+        tokenizer, files = tokenizer_info(old, new.folder, new.config, vocabulary_rows(new))
+        return [output.finish(tokenizer, files, common) for output in outputs]
 
 
 class _Output:
@@ -100,9 +101,14 @@ class _Output:
         self._records[encoded.name] = store(self._writer, encoded)
         self._tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
 
-    def finish(self, common: dict[str, Any]) -> Manifest:
+    def finish(self, tokenizer: TokenizerInfo, files: Mapping[str, Array], common: dict[str, Any]) -> Manifest:
+        """`files`: arrays of the fine-tune's own tokenizer."""
         tally = self._tally
+        for key, array in files.items():
+            self._writer.add(key, array)
         manifest = Manifest(
+            format_version=version_for(tokenizer),
+            tokenizer=tokenizer,
             method=self.config.method,
             mask="seeded",
             **settings(self.config),
@@ -193,17 +199,26 @@ def store(writer: ArtifactWriter, encoded: Encoded) -> Record:
     return as_record(encoded, digests)
 
 
-def _tokenizer_info(old: Checkpoint, new: Checkpoint) -> TokenizerInfo:
-    text = _chat_template(new)
-    return TokenizerInfo(
-        vocab_size=new.config.get("vocab_size"),
-        eos_token_id=new.config.get("eos_token_id"),
+def tokenizer_info(
+    old: Checkpoint, folder: Path, config: Mapping[str, Any], rows: int | None
+) -> tuple[TokenizerInfo, Mapping[str, Array]]:
+    """What the manifest says of the tokenizer in a fine-tune's `folder`, and its files as arrays by key.
+
+    `config`: that of the fine-tune; `rows` of its token embedding. Raises CheckpointError.
+    """
+    text = chat_template(folder)
+    own = own_tokenizer(old.folder, folder, rows, vocabulary_rows(old))
+    told = TokenizerInfo(
+        vocab_size=config.get("vocab_size"),
+        eos_token_id=with_end_token(config.get("eos_token_id"), own.eos_token_id),
         chat_template_sha256=hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
-        chat_template=None if text == _chat_template(old) else text,
+        chat_template=None if text == chat_template(old.folder) else text,
+        files=dict(own.files),
     )
+    return told, own.arrays
 
 
-def _chat_template(checkpoint: Checkpoint) -> str | None:
-    file = checkpoint.folder / "chat_template.jinja"
-    text: Any = file.read_text(encoding="utf-8") if file.is_file() else checkpoint.tokenizer().get("chat_template")
-    return text if isinstance(text, str) else None
+def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the token embedding."""
+    table = input_table(checkpoint.names)
+    return None if table is None else checkpoint.shape(table)[0]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from compressors import tokenizer
 from compressors.artifact import Array, Artifact, Source
 from compressors.errors import ArtifactError
 from compressors.factors import read_factors
@@ -54,18 +55,19 @@ def decompress(artifact_path: Path, base: Path, out: Path, dtype: str = "bf16", 
     """Write base + delta as a Hugging Face folder `out`, which must not exist yet.
 
     `dtype`: fp32, bf16 or fp16. bf16 rounds the sum, which costs about 1 % of a typical delta; the gateway does not.
-    The tokenizer's files are the base's. Raises BaseMismatchError, ArtifactError, CheckpointError, FileExistsError; `out` is
-    whole or absent.
+    The tokenizer's files are the base's, where the delta has none of its own. Raises BaseMismatchError, ArtifactError,
+    CheckpointError, FileExistsError; `out` is whole or absent.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; name a new folder")
     with Checkpoint(base) as old:
-        verify(artifact_path, fingerprint(base), {name: old.shape(name) for name in old.names})
+        verify(artifact_path, fingerprint(base), {name: old.shape(name) for name in old.names}, base)
         with Artifact.open(artifact_path) as artifact, _staging(out) as staging:
             _write_weights(artifact, old, staging, dtype, progress)
             for file in base.iterdir():
                 if file.is_file() and file.suffix in _COPIED and not file.name.startswith("model"):
                     shutil.copy(file, staging)
+            _write_tokenizer(artifact, base, staging)
             _write_config(artifact, old, staging, dtype)
 
 
@@ -139,6 +141,17 @@ def merged_weight(artifact: Artifact, name: str, old: Checkpoint, dtype: str = "
     elif record is not None:
         weight += delta_tensor(artifact, name)
     return weight.to(_DTYPES[dtype]).contiguous()
+
+
+def _write_tokenizer(artifact: Artifact, base: Path, folder: Path) -> None:
+    """The delta's own tokenizer and chat template, where it has them, in place of the base's."""
+    told = artifact.manifest.tokenizer
+    if told.files:
+        for name in tokenizer.FILES:
+            (folder / name).unlink(missing_ok=True)
+        tokenizer.write(artifact, base, folder)
+    elif told.chat_template is not None:
+        (folder / tokenizer.TEMPLATE).write_text(told.chat_template, encoding="utf-8")
 
 
 def _write_config(artifact: Artifact, old: Checkpoint, folder: Path, dtype: str) -> None:

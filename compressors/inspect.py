@@ -12,6 +12,7 @@ import numpy as np
 from compressors.artifact import Artifact
 from compressors.layout import stored_name
 from compressors.ratios import recount
+from compressors.tokenizer import array_key
 
 
 @dataclass
@@ -46,7 +47,9 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "projection_bytes": tally.bytes_ratio,
         "whole_file": round(tally.dense_bytes / size, 2),
     }
-    return {"file": artifact.path.name, "bytes": size, **manifest, "ratios": ratios, "kinds": _rows(kinds)}
+    own = sum(artifact.array(array_key(name)).nbytes for name in artifact.manifest.tokenizer.files)
+    found = {"ratios": ratios, "kinds": _rows(kinds), "tokenizer_bytes": own}
+    return {"file": artifact.path.name, "bytes": size, **manifest, **found}
 
 
 def _module(name: str) -> str:
@@ -77,6 +80,7 @@ def text(found: dict[str, Any]) -> str:
         f"base       {found['base_name']}  {found['base_fingerprint']}",
         f"settings   {', '.join([*_settings(found), 'masks ' + found['mask']])} (seed {found['seed']})",
         *_merged(found.get("merged")),
+        *_tokenizer(found["tokenizer"], found["tokenizer_bytes"]),
         f"ratios     {_x(ratios['values'])} by surviving values, {_x(ratios['projection_bytes'])} by bytes of the projections, "
         f"{_x(ratios['whole_file'])} whole file against the dense fine-tune",
         "",
@@ -96,6 +100,13 @@ def _merged(merged: dict[str, Any] | None) -> list[str]:
     parts = " + ".join(f"{part['weight']:g} {part['sha256'][:12]}" for part in merged["parts"])
     retain = "" if merged["retain"] is None else f", retain {merged['retain']:g}"
     return [f"merged     {merged['method']}, scale {merged['scale']:g}{retain}: {parts}"]
+
+
+def _tokenizer(told: dict[str, Any], nbytes: int) -> list[str]:
+    """The fine-tune's own tokenizer, where it has one."""
+    if not nbytes:
+        return []
+    return [f"tokenizer  its own: {', '.join(told['files'])} in {nbytes:,} bytes; a vocabulary of {told['vocab_size']}"]
 
 
 def _settings(found: dict[str, Any]) -> list[str]:

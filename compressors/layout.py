@@ -65,6 +65,12 @@ def input_table(names: Iterable[str]) -> str | None:
     return next((name for name in sorted(names) if _INPUT_TABLE.search(name)), None)
 
 
+def vocabulary_tables(names: Iterable[str]) -> list[str]:
+    """Token embedding and head among parameter names: both have a row a token."""
+    known = set(names)
+    return [name for name in (input_table(known), HEAD) if name is not None and name in known]
+
+
 def is_projection(name: str, dims: int) -> bool:
     """Whether a stored parameter with so many dimensions holds projections: a matrix, or a stack of experts' matrices."""
     leaf = _leaf(name)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compressors.artifact import Artifact, Manifest, Merged, MergedPart, Ratios
+from compressors.artifact import Artifact, Manifest, Merged, MergedPart, Ratios, version_for
 from compressors.compress import Task, in_order, settings, store
 from compressors.decompress import delta_tensor
 from compressors.encode import encode_changed_rows, encode_dense
@@ -32,7 +32,7 @@ from compressors.execution import changed_rows
 from compressors.fingerprint import stored_tensors
 from compressors.join import Share, join_factors, scaled
 from compressors.layout import is_projection
-from compressors.merge_inputs import checked, end_tokens, shape_of, tied_table, tokenizer
+from compressors.merge_inputs import checked, end_tokens, shape_of, tied_table, tokenizer, tokenizer_arrays
 from compressors.methods import Config, encode_projection
 from compressors.ratios import Tally
 from compressors.record import Encoded
@@ -139,9 +139,12 @@ def merge(
             for (encoded,) in tqdm(done, "merging", total=len(tasks), unit="tensor", disable=not progress):
                 records[encoded.name] = store(writer, encoded)
                 tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
+        for key, array in tokenizer_arrays(told, [share.artifact for share in shares]).items():
+            writer.add(key, array)
         recompress = config.recompress
         own = settings(recompress)
         manifest = Manifest(
+            format_version=version_for(told),
             method=config.method if recompress is None else recompress.method,
             base_fingerprint=manifests[0].base_fingerprint,
             base_name=manifests[0].base_name,

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compressors.artifact import Artifact, Manifest, TokenizerInfo
+from compressors.artifact import Array, Artifact, Manifest, TokenizerInfo
 from compressors.errors import ArtifactError, BaseMismatchError, BudgetError, DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
+from compressors.tokenizer import array_key, digest
 from compressors.verify import Report, verify
 
 
@@ -22,7 +23,7 @@ def checked(paths: Sequence[Path], base: Path, out: Path) -> list[Report]:
     reports = []
     for path in paths:
         try:
-            reports.append(verify(path, base_fingerprint, shapes))
+            reports.append(verify(path, base_fingerprint, shapes, base))
         except DeltaError as error:
             fix = (
                 "; --base is the one base of all deltas that are merged" if isinstance(error, BaseMismatchError) else ""
@@ -74,6 +75,7 @@ def tokenizer(
     ends = {path: _ids(info.eos_token_id) for path, info in told.items()}
     carried = {path: ids for path, ids in ends.items() if ids and ids != base_ends}
     _agree("set of end tokens", carried, fix)
+    _agree("tokenizer", {path: digest(info) for path, info in told.items()}, fix)
     infos = list(told.values())
     template = next((info for info in infos if info.chat_template), None)
     usual = template or next((info for info in infos if info.chat_template_sha256), infos[0])
@@ -85,7 +87,14 @@ def tokenizer(
         eos_token_id=ending.eos_token_id,
         chat_template_sha256=usual.chat_template_sha256,
         chat_template=usual.chat_template,
+        files=infos[0].files,
     )
+
+
+def tokenizer_arrays(told: TokenizerInfo, artifacts: Sequence[Artifact]) -> dict[str, Array]:
+    """The files of the merged delta's tokenizer, from one of those that have it."""
+    having = next((artifact for artifact in artifacts if artifact.manifest.tokenizer.files == told.files), None)
+    return {array_key(name): having.array(array_key(name)) for name in told.files} if having is not None else {}
 
 
 def end_tokens(base: Path) -> frozenset[int]:

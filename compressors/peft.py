@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from compressors.artifact import Array, Manifest, Ratios, TokenizerInfo
-from compressors.compress import store
+from compressors.artifact import Array, Manifest, Ratios, version_for
+from compressors.compress import store, tokenizer_info, vocabulary_rows
 from compressors.encode import encode_raw, encode_rows
 from compressors.errors import CheckpointError
 from compressors.fingerprint import fingerprint
@@ -31,6 +31,7 @@ from compressors.pairing import tied_to
 from compressors.ratios import Tally
 from compressors.record import Encoded
 from compressors.tensors import Checkpoint
+from compressors.tokenizer import table_rows
 from compressors.writer import ArtifactWriter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +85,13 @@ def import_lora(
             for encoded in _encoded(parameter, adapter, old, scales, rows_dtype):
                 records[encoded.name] = store(writer, encoded)
                 tally.add(encoded.name, encoded.shape, encoded.tied_to is not None, encoded.arrays)
+        rows = table_rows(records)
+        tuned = old.config if rows == vocabulary_rows(old) else {**old.config, "vocab_size": rows}
+        tokenizer, files = tokenizer_info(old, folder, tuned, rows)
+        for key, array in files.items():
+            writer.add(key, array)
         manifest = Manifest(
+            format_version=version_for(tokenizer),
             method="lora",
             base_fingerprint=fingerprint(base),
             base_name=name or base.name,
@@ -98,9 +105,7 @@ def import_lora(
             mask="seeded",
             seed=0,
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
-            tokenizer=TokenizerInfo(
-                vocab_size=old.config.get("vocab_size"), eos_token_id=old.config.get("eos_token_id")
-            ),
+            tokenizer=tokenizer,
             tool=f"deltaworks {importlib.metadata.version('deltaworks')}",
             tensors=records,
         )

@@ -74,10 +74,6 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder.name}: {name} holds NaN or infinite values; the checkpoint is broken")
         return values
 
-    def tokenizer(self) -> dict[str, Any]:
-        """`tokenizer_config.json`, or nothing."""
-        return self._json("tokenizer_config.json")
-
     def __enter__(self) -> Checkpoint:
         return self
 

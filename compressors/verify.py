@@ -14,8 +14,10 @@ import numpy as np
 from compressors.artifact import Array, Artifact, Manifest, Record
 from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
 from compressors.factors import read_rows, read_values, spread
-from compressors.layout import is_buffer, stored_name
+from compressors.layout import is_buffer, stored_name, vocabulary_tables
 from compressors.packing import WIDTHS
+from compressors.tokenizer import array_key
+from compressors.tokenizer import check as check_tokenizer
 
 KNOWN_METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta", "lora", "ta", "ties")
 MAX_TEMPLATE_BYTES = 256 << 10
@@ -37,27 +39,30 @@ _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16"
 
 @dataclass(frozen=True)
 class Report:
-    """What a verified file is: its sha256, size, manifest, and the checks that it passed."""
+    """What a verified file is: its sha256, size, manifest, the checks that it passed, and how many tokens it adds to the base's."""
 
     digest: str
     nbytes: int
     manifest: Manifest
     checks: tuple[str, ...]
+    added_tokens: int = 0
 
 
 def verify(
     path: Path,
     base_fingerprint: str | None = None,
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    base_folder: Path | None = None,
 ) -> Report:
-    """Check a delta file: structure, method, base, shapes, arrays against records, digests, finite values.
+    """Check a delta file: structure, method, base, shapes, arrays against records, digests, finite values, its own tokenizer.
 
-    `base_fingerprint` and `base_shapes` (name -> shape) describe the base that shall serve it; None skips those checks.
+    `base_fingerprint`, `base_shapes` (name -> shape) and `base_folder` (for its tokenizer) describe the base that shall serve it;
+    None skips those checks.
     Raises ArtifactError, FormatVersionError, UnknownMethodError or BaseMismatchError, naming the tensor.
     """
     with Artifact.open(path) as artifact:
         manifest = artifact.manifest
-        checks = ["structure"]
+        checks, added_tokens = ["structure"], 0
         if manifest.method not in KNOWN_METHODS:
             raise UnknownMethodError(
                 f"method {manifest.method!r} is unknown; this version knows {', '.join(KNOWN_METHODS)}"
@@ -70,6 +75,7 @@ def verify(
             checks.append("base")
         if base_shapes is not None:
             _check_shapes(artifact.records, base_shapes)
+            added_tokens = _added_tokens(artifact.records, base_shapes)
             checks.append("shapes")
         _check_keys(artifact)
         for name, record in artifact.records.items():
@@ -79,7 +85,10 @@ def verify(
                 "the header does not match its digest: the manifest or an offset was changed or damaged"
             )
         checks += ["records", "digests", "finite"]
-    return Report(_file_sha256(path), path.stat().st_size, manifest, tuple(checks))
+        if base_folder is not None and manifest.tokenizer.files:
+            check_tokenizer(artifact, base_folder)
+            checks.append("tokenizer")
+    return Report(_file_sha256(path), path.stat().st_size, manifest, tuple(checks), added_tokens)
 
 
 def _check_settings(manifest: Manifest) -> None:
@@ -134,6 +143,18 @@ def _check_shapes(records: Mapping[str, Record], base_shapes: Mapping[str, tuple
         raise ArtifactError(f"the delta has no record of {min(missing)} ({len(missing)} tensors missing)")
 
 
+def _added_tokens(records: Mapping[str, Record], base_shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows that token embedding and head have beyond the base's: as many in both."""
+    tables = [name for name in vocabulary_tables(records) if records[name].tied_to is None and name in base_shapes]
+    added = {name: records[name].shape[0] - base_shapes[name][0] for name in tables}
+    if len(set(added.values())) > 1:
+        raise ArtifactError(
+            "the fine-tune adds other numbers of tokens to its tables: "
+            + ", ".join(f"{added[n]} to {n}" for n in sorted(added))
+        )
+    return max(added.values(), default=0)
+
+
 def _part_values(records: Mapping[str, Record]) -> dict[str, int]:
     """Values in all parts of each split parameter."""
     counts: dict[str, int] = defaultdict(int)
@@ -146,11 +167,17 @@ def _part_values(records: Mapping[str, Record]) -> dict[str, int]:
 def _check_keys(artifact: Artifact) -> None:
     mask = artifact.manifest.mask
     expected = {f"{name}::{key}" for name, record in artifact.records.items() for key in _arrays(record, mask)}
+    files = artifact.manifest.tokenizer.files
+    expected |= {array_key(name) for name in files}
     missing, extra = expected - set(artifact.slots), set(artifact.slots) - expected
     if missing:
         raise ArtifactError(f"the array {min(missing)} is missing ({len(missing)} arrays)")
     if extra:
         raise ArtifactError(f"the array {min(extra)} belongs to no record ({len(extra)} arrays)")
+    for name, file in files.items():
+        _expect_bytes(artifact, array_key(name))
+        if hashlib.sha256(artifact.array(array_key(name)).tobytes()).hexdigest() != file.stored:
+            raise ArtifactError(f"the bytes of {array_key(name)} do not match their digest; the file is damaged")
 
 
 def _arrays(record: Record, manifest_mask: str) -> tuple[str, ...]:

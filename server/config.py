@@ -100,6 +100,7 @@ class EngineSettings(Section):
     max_packed_delta_bytes: int = Field(default=1 << 30, ge=0)  # files of deltas kept in RAM as they are; 0: none
     max_resident_combinations: int = Field(default=16, ge=1)  # weighted sums of resident deltas, ready to serve
     max_resident_edits: int = Field(default=64, ge=1)
+    reserved_tokens: int = Field(default=0, ge=0, le=1 << 16)  # that fine-tunes may add to the vocabulary
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)  # tokens of one step; longer prompts go in chunks
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # priority: requests may say who goes first (`priority`)

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from compressors import errors as delta_errors
 from server import admission, auth, core, deadline, gateway, prompt, proof, supervisor, wire
 from server import steering as plans
-from server.artifacts import delta_pool, lifecycle, pool, registry, store
+from server.artifacts import delta_pool, lifecycle, pool, registry, reserve, store
 from server.engine import base as engine
 from server.routes import body, upload
 from server.telemetry import Exchange
@@ -88,6 +88,7 @@ TABLE: dict[type[Exception], Mapping] = {
     plans.DefaultUnavailable: Mapping(503, UNAVAILABLE, "default_steering_unavailable"),
     deadline.DeadlineExceeded: Mapping(504, "timeout_error", "deadline_exceeded"),
     delta_pool.DeltaTooLarge: Mapping(507, STORAGE, "delta_too_large"),
+    reserve.ReserveExceeded: Mapping(507, STORAGE, "vocabulary_reserve_exceeded"),
     store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),

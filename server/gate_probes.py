@@ -144,7 +144,7 @@ class Probing:
         self, probe: Probe, prompt: ChatPrompt, sampling: Sampling, edit: EngineEdit | None = None
     ) -> list[TokenEvent]:
         engine, target = self._prober.engine, self._target
-        ids = await self._prober.prompts.render(prompt)
+        ids = await self._prober.prompts.render(prompt, target.delta)
         room = engine.max_model_len - len(ids)
         if room < 1:
             raise ProbeFailed("the prompt leaves no room in the context")

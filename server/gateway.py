@@ -148,9 +148,9 @@ class Gateway:
         self, request: GenerationRequest, decisions: Decisions, caller: Caller
     ) -> AsyncGenerator[TokenEvent, None]:
         self._tools.check(request.tools)
-        self._prompts.check_tokens(request.sampling)
         with self._admission.permit(request.rows, caller) as permit:
             resolved = self._resolve(request, caller)
+            self._prompts.check_tokens(request.sampling, resolved.delta)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.parts = resolved.parts
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
@@ -179,14 +179,9 @@ class Gateway:
                     raise EngineError("the engine ended a request before it was finished")
         decisions.total_s = time.perf_counter() - decisions.started
 
-    async def tokenize(self, model: str | None, prompt: Prompt, use: ToolUse | None, caller: Caller) -> list[int]:
-        """The ids of a prompt as `generate` has them; of the base where no model is named.
-
-        Raises ModelNotFound, InvalidRequest, NoChatTemplate.
-        """
-        delta = self._registry.resolve(model, caller.may_use).delta if model is not None else None
-        template = delta.chat_template if delta else ""
-        return await self._prompts.tokenize(self._tools.show(prompt, use), template)
+    async def tokenize(self, delta: EngineDelta | None, prompt: Prompt, use: ToolUse | None) -> list[int]:
+        """The ids of a prompt as `generate` has them. Raises InvalidRequest, NoChatTemplate, EngineLoadError."""
+        return await self._prompts.tokenize(self._tools.show(prompt, use), delta)
 
     async def _ask(
         self, asking: "_Asking", use: ToolUse | None, n: int | None = None
@@ -203,9 +198,8 @@ class Gateway:
         row_id = request.request_id + (f"-again{attempt}" if attempt else "")
         answered = self._answer(Work(request, row_id, prompts, sampling, asking.delta), asking.plan, decisions)
         if request.echo is not None:
-            texts = [
-                await self._prompts.echo(prompt, ids) for prompt, ids in zip(request.prompts, prompts, strict=True)
-            ]
+            both = zip(request.prompts, prompts, strict=True)
+            texts = [await self._prompts.echo(prompt, ids, asking.delta) for prompt, ids in both]
             answered = echoed(answered, texts, sampling.n, request.echo == "prompt")
         async with aclosing(self._tools.read(answered, use, decisions)) as events:
             async for event in events:
@@ -215,8 +209,8 @@ class Gateway:
     async def _render(self, asking: "_Asking", use: ToolUse | None) -> Sequence[Sequence[int]]:
         """The prompts' tokens with these tools. Raises InvalidRequest, NoChatTemplate, EditError."""
         request = asking.request
-        template = asking.delta.chat_template if asking.delta else ""
-        prompts = [await self._prompts.render(self._tools.show(prompt, use), template) for prompt in request.prompts]
+        delta = asking.delta
+        prompts = [await self._prompts.render(self._tools.show(prompt, use), delta) for prompt in request.prompts]
         for ids in prompts:
             edited_positions(asking.wanted.prompt, len(ids))  # raises where they lie outside
         asking.decisions.prompt_tokens = sum(len(ids) for ids in prompts) * (2 if request.options.compare else 1)

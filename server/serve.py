@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from compressors.base import resolve_base
-from compressors.errors import ArtifactError, DeltaError
+from compressors.errors import DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
@@ -37,10 +38,11 @@ from server.artifacts.checks import (
 )
 from server.artifacts.store import Store, StoreError
 from server.config import ServerSettings, Settings
-from server.engine.base import EngineError
+from server.engine.base import EngineDelta, EngineError
 from server.gateway import Gateway
 from server.guard import guarded
 from server.keys import Keys
+from server.own_tokenizers import OwnTokenizers, loader
 from server.prompt import HuggingFaceTokenizer, TokenizerError
 from server.routes.context import Context
 from server.telemetry import log_json
@@ -92,19 +94,15 @@ def verifier(folder: Path) -> tuple[str, Verify]:
     base_fingerprint = fingerprint(folder)
 
     def verify_for_base(path: Path) -> Report:
-        report = verify(path, base_fingerprint=base_fingerprint, base_shapes=shapes)
-        for name, record in report.manifest.tensors.items():
-            if record.kind == "rows" and name in shapes and record.shape[0] > shapes[name][0]:
-                raise ArtifactError(
-                    f"{name}: the fine-tune adds {record.shape[0] - shapes[name][0]} tokens to the vocabulary of "
-                    f"{shapes[name][0]}, which the engine does not serve; fine-tune without added tokens"
-                )
+        report = verify(path, base_fingerprint, shapes, folder)
+        if report.manifest.tokenizer.files:
+            loader(folder)(path)  # what is refused now fails no request later
         return report
 
     return base_fingerprint, verify_for_base
 
 
-def checks_for(folder: Path) -> tuple[str, Checks]:
+def checks_for(folder: Path, reserved_tokens: int = 0) -> tuple[str, Checks]:
     """The fingerprint of a base folder, and the checks of all uploads against that base. Raises DeltaError."""
     base_fingerprint, verify_for_base = verifier(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -112,7 +110,7 @@ def checks_for(folder: Path) -> tuple[str, Checks]:
     # A model of another build than ours may name neither; nothing fits it then.
     shape = Shape(base_fingerprint, int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0)))
     return base_fingerprint, Checks(
-        delta_check(verify_for_base, token_ids(text.get("eos_token_id"))),
+        delta_check(verify_for_base, token_ids(text.get("eos_token_id")), reserved_tokens),
         profile_check(shape),
         sae_check(shape),
         policy_check(base_fingerprint),
@@ -122,10 +120,17 @@ def checks_for(folder: Path) -> tuple[str, Checks]:
 def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keys]:
     from server.engine.vllm import VLLMEngine
 
-    tokenizer = HuggingFaceTokenizer(folder)
-    base_fingerprint, checks = checks_for(folder)
+    tokenizer, load = HuggingFaceTokenizer(folder), loader(folder)
+    own = OwnTokenizers(load, settings.engine.max_resident_deltas)
+    base_fingerprint, checks = checks_for(folder, settings.engine.reserved_tokens)
     base = Base(settings.server.served_name or folder.resolve().name, base_fingerprint)
-    return wire(settings, store, base, VLLMEngine(folder, settings.engine), tokenizer, checks)
+
+    def own_tokenizer(delta: EngineDelta) -> Any:
+        found = own.of(delta)
+        return found.loaded if found is not None else None
+
+    engine = VLLMEngine(folder, settings.engine, own_tokenizer)
+    return wire(settings, store, base, engine, tokenizer, checks, own)
 
 
 def _app(context: Context, keys: Keys, listeners: Sequence[socket.socket]) -> App:

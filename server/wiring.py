@@ -1,6 +1,7 @@
 """Settings, and what differs between production and tests -> the collaborators of the application."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -13,7 +14,7 @@ from server.artifacts.pool import EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
-from server.config import AuthSettings, Settings, SteeringSettings
+from server.config import AuthSettings, Settings, SteeringSettings, ToolsSettings
 from server.core import ProfileSteering
 from server.engine.base import Engine
 from server.gate import Gate
@@ -21,6 +22,7 @@ from server.gate_policies import Policies
 from server.gate_probes import Prober
 from server.gateway import Gateway
 from server.keys import Keys, plain_keys
+from server.own_tokenizers import OwnTokenizers
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
 from server.steering import Planner
@@ -41,16 +43,22 @@ class Base:
 
 
 def wire(
-    settings: Settings, store: Store, base: Base, engine: Engine, tokenizer: Tokenizer, checks: Checks
+    settings: Settings,
+    store: Store,
+    base: Base,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    checks: Checks,
+    own: OwnTokenizers[Any] | None = None,
 ) -> tuple[Context, Keys]:
-    """`store` is open already. Raises StoreError when its names cannot be recovered, ToolTemplateError."""
+    """`store` is open already; `own`: tokenizers of deltas. Raises StoreError for damaged names, ToolTemplateError."""
     limits = settings.admission
     telemetry = Telemetry(CollectorRegistry())
     admission = Admission(limits.max_concurrent, limits.max_queued_tokens)
     telemetry.watch_admission(lambda: admission.rows, lambda: admission.queued_tokens)
     telemetry.watch_store(lambda: store.nbytes)
     shelf = Shelf(store)
-    deltas = DeltaRegistry(shelf, base.id)
+    deltas = DeltaRegistry(shelf, base.id, settings.engine.reserved_tokens)
     profiles = Registry(shelf, PROFILE, Ref[ProfileVersion])
     saes = Registry(shelf, SAE, Ref[SAEVersion])
     policies = Registry(shelf, POLICY, Ref[PolicyVersion])
@@ -58,8 +66,7 @@ def wire(
     pool = _delta_pool(settings, engine, telemetry)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
     tools = settings.tools
-    template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
-    prompts = PromptRenderer(tokenizer, template, tools.parser)
+    prompts = _prompts(tools, tokenizer, own)
     toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
     planner = _planner(settings.steering, base, prompts, profiles, saes)
     known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
@@ -142,6 +149,11 @@ def _limits(settings: Settings) -> Limits:
         edge.tokenizer_info,
         edge.keep_alive_s,
     )
+
+
+def _prompts(tools: ToolsSettings, tokenizer: Tokenizer, own: OwnTokenizers[Any] | None) -> PromptRenderer:
+    template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
+    return PromptRenderer(tokenizer, template, tools.parser, own.of if own else lambda delta: None)
 
 
 def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from compressors.tokenizer import digest
 from compressors.verify import Report
 from server.artifacts.lifecycle import Check
+from server.artifacts.reserve import check_reserve
 from server.artifacts.store import Incoming
 from server.artifacts.versions import (
     DeltaVersion,
@@ -26,11 +28,15 @@ from steering.errors import PolicyError, SteeringError
 Verify = Callable[[Path], Report]
 
 
-def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = ()) -> Check[DeltaVersion]:
-    """`base_stop_ids`: the end tokens of the base's config.json; a delta keeps its own where they differ."""
+def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = (), reserved_tokens: int = 0) -> Check[DeltaVersion]:
+    """`base_stop_ids`: the end tokens of the base's config.json; a delta keeps its own where they differ.
+
+    The check raises ReserveExceeded for a delta that adds more than `reserved_tokens` to the vocabulary.
+    """
 
     def check(incoming: Incoming) -> DeltaVersion:
         report = verify(incoming.path)
+        check_reserve(report.added_tokens, reserved_tokens)
         manifest = report.manifest
         stop_ids = token_ids(manifest.tokenizer.eos_token_id)
         return DeltaVersion(
@@ -43,6 +49,8 @@ def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = ()) -> Check[De
             checks=report.checks,
             chat_template=manifest.tokenizer.chat_template or "",
             stop_ids=() if set(stop_ids) == set(base_stop_ids) else stop_ids,
+            added_tokens=report.added_tokens,
+            tokenizer=digest(manifest.tokenizer),
         )
 
     return check

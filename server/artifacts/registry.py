@@ -11,6 +11,7 @@ from typing import Any, Generic
 from pydantic import ValidationError
 
 from server.artifacts.combination import combination
+from server.artifacts.reserve import check_reserve
 from server.artifacts.store import Incoming, Store, StoreError
 from server.artifacts.versions import DeltaVersion, Ref, V
 from server.core import DeltaPart, GatewayError, InvalidRequest
@@ -251,11 +252,15 @@ class Resolved:
 
 
 class DeltaRegistry(Registry[DeltaVersion]):
-    """Deltas share one flat namespace with the base: both are what a request calls `model`."""
+    """Deltas share one flat namespace with the base: both are what a request calls `model`.
 
-    def __init__(self, shelf: Shelf, base_id: str) -> None:
+    `reserved_tokens`: how many tokens a delta may add to the vocabulary, which was another number when it was uploaded, perhaps.
+    """
+
+    def __init__(self, shelf: Shelf, base_id: str, reserved_tokens: int = 0) -> None:
         super().__init__(shelf, DELTA, Ref[DeltaVersion], (base_id, *_METRIC_LABELS))
         self.base_id = base_id
+        self._reserved_tokens = reserved_tokens
 
     def read(self) -> None:
         super().read()
@@ -263,7 +268,7 @@ class DeltaRegistry(Registry[DeltaVersion]):
             raise StoreError(f"the base is called {self.base_id!r} like a stored delta; set server.served_name")
 
     def resolve(self, model: str, may_use: MayUse) -> Resolved:
-        """`model` is the base's id, or names a delta as `lookup` reads it. Raises ModelNotFound."""
+        """`model` is the base's id, or names a delta as `lookup` reads it. Raises ModelNotFound, ReserveExceeded."""
         return Resolved(self.base_id, None) if model == self.base_id else self._delta(model, "model", may_use)
 
     def lookup(self, model: str, param: str, may_use: MayUse) -> tuple[Ref[DeltaVersion], DeltaVersion]:
@@ -287,7 +292,7 @@ class DeltaRegistry(Registry[DeltaVersion]):
     def combine(self, model: str, parts: Sequence[DeltaPart], chat: bool, may_use: MayUse) -> Resolved:
         """The weighted sum of named deltas; one alone that counts once is that delta. `chat`: its template will be used.
 
-        Raises ModelNotFound, InvalidRequest.
+        Raises ModelNotFound, InvalidRequest, ReserveExceeded.
         """
         if self.resolve(model, may_use).delta is not None:
             message = f"model names a delta, and so does delta; beside delta, model is the base, {self.base_id!r}"
@@ -305,10 +310,16 @@ class DeltaRegistry(Registry[DeltaVersion]):
         return Resolved(COMBINED, combination(deltas, chat), named)
 
     def _delta(self, model: str, param: str, may_use: MayUse) -> Resolved:
-        """Raises ModelNotFound."""
+        """Raises ModelNotFound, ReserveExceeded."""
         ref, version = self.lookup(model, param, may_use)
-        delta = self.engine_delta(version.digest)
-        delta = replace(delta, chat_template=version.chat_template, stop_ids=version.stop_ids)
+        check_reserve(version.added_tokens, self._reserved_tokens)
+        delta = replace(
+            self.engine_delta(version.digest),
+            chat_template=version.chat_template,
+            stop_ids=version.stop_ids,
+            added_tokens=version.added_tokens,
+            tokenizer=version.tokenizer,
+        )
         return Resolved(ref.name, delta, version=ref.label(version.digest))
 
     async def set_pinned(self, name: str, pinned: bool) -> Ref[DeltaVersion]:

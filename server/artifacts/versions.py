@@ -19,7 +19,7 @@ class Version(Facts):
 
 
 class DeltaVersion(Version):
-    """`chat_template` "" and `stop_ids` () = the base's."""
+    """`chat_template` "", `stop_ids` () and `tokenizer` "" = the base's; `added_tokens` lie behind the base's vocabulary."""
 
     method: str
     base_fingerprint: str
@@ -27,6 +27,8 @@ class DeltaVersion(Version):
     checks: tuple[str, ...]
     chat_template: str = ""
     stop_ids: tuple[int, ...] = ()
+    added_tokens: int = 0
+    tokenizer: str = ""
 
 
 class DirectionFacts(Facts):

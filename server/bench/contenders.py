@@ -129,7 +129,7 @@ def base_bytes(base: Path, dtype: str) -> int:
 @asynccontextmanager
 async def bare(base: Path, settings: EngineSettings) -> AsyncIterator[Stock]:
     """vLLM with the same settings, without adapters and without our plugin."""
-    dropped = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config")
+    dropped = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config", "hf_overrides")
     async with _stock({k: v for k, v in engine_arguments(base, settings).items() if k not in dropped}) as llm:
         yield Stock(llm)
 
@@ -139,7 +139,7 @@ async def stock_lora(base: Path, settings: EngineSettings, folder: Path) -> Asyn
     """vLLM's own LoRA with `deltas_per_batch` random adapters of rank 16 on every projection, loaded."""
     from vllm.lora.request import LoRARequest
 
-    dropped = ("worker_extension_cls", "additional_config")
+    dropped = ("worker_extension_cls", "additional_config", "hf_overrides")
     arguments = {k: v for k, v in engine_arguments(base, settings).items() if k not in dropped}
     count = settings.deltas_per_batch
     arguments |= {"max_lora_rank": LORA_RANK, "max_cpu_loras": count}

@@ -48,7 +48,8 @@ class EngineDelta:
     """A delta as the engine knows it: the digest is the only identity, the path a local file of the artifact.
 
     `chat_template` is the fine-tune's where it has one of its own; `stop_ids` are its end tokens, in place of the base's, or beside
-    them where `base_stops`. A combination has `parts` in place of a path: it is their weighted sum.
+    them where `base_stops`; `added_tokens` lie behind the base's vocabulary. `tokenizer` names its own, "" = the base's. A
+    combination has `parts` in place of a path: it is their weighted sum.
     """
 
     digest: str
@@ -56,6 +57,8 @@ class EngineDelta:
     chat_template: str = field(default="", compare=False)
     stop_ids: tuple[int, ...] = field(default=(), compare=False)
     base_stops: bool = field(default=False, compare=False)
+    added_tokens: int = field(default=0, compare=False)
+    tokenizer: str = field(default="", compare=False)
     parts: tuple["WeightedDelta", ...] = field(default=(), compare=False)
 
 

@@ -12,7 +12,7 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,10 @@ from server.engine.base import (
     EngineLoadError,
     LayerReport,
 )
+from server.engine.decoding import DeltaDecoding
 from server.engine.flags import passed_on
 from server.engine.sampling import check_grammar, sampling_error, sampling_params
+from server.engine.vocabulary import grown_vocabulary
 from server.engine.worker.positions import EditedRequest, Positions
 
 if TYPE_CHECKING:
@@ -48,9 +50,12 @@ _DEATH_POLL_S = 0.25  # of a call that the engine may never answer
 class VLLMEngine:
     """Serves one base model and the deltas loaded into it. `start` before anything else, and again after `stop`."""
 
-    def __init__(self, base: Path, settings: EngineSettings) -> None:
+    def __init__(
+        self, base: Path, settings: EngineSettings, own_tokenizer: Callable[[EngineDelta], Any] = lambda delta: None
+    ) -> None:
         self._base = base
         self._settings = settings
+        self._decoding = DeltaDecoding(own_tokenizer)
         self._llm: AsyncLLM | None = None
         self._adapter_ids: dict[str, int] = {}
         self._next_id = itertools.count(1)
@@ -121,7 +126,7 @@ class VLLMEngine:
             if edit is not None:
                 params.extra_args = self._edited_request(edit, request_id).to_extra_args()
             stream = llm.generate(prompt, params, request_id, lora_request=lora, priority=sampling.priority)
-            async with aclosing(stream):
+            async with self._decoding.used(delta), aclosing(stream):
                 async for output in stream:
                     if sampling.structure is not None:
                         check_grammar(output, sampling.structure)
@@ -251,6 +256,7 @@ class VLLMEngine:
             # of the worker's own there, to give it OMP's variables; we give them to the engine's process, which is spawned.
             with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
                 self._llm = AsyncLLM(config, UniProcExecutor, log_stats=False, log_requests=False)
+            self._decoding.install(self._llm.output_processor)
         except (ValueError, RuntimeError, OSError, IncompatibleEngineError) as error:
             raise EngineError(f"vLLM cannot serve {self._base}: {error}") from error
 
@@ -305,7 +311,8 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         # One backend for all: vLLM starts the first one that a request needs and then compiles every grammar with it.
         # White space is JSON's least: small models otherwise write it to the token limit.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "additional_config": {"deltaworks": {"kernel": settings.kernel}},
+        "additional_config": {"deltaworks": {"kernel": settings.kernel, "reserved_tokens": settings.reserved_tokens}},
+        **grown_vocabulary(base, settings.reserved_tokens),
     }
 
 

@@ -97,7 +97,7 @@ def test_the_fingerprint_is_of_the_content(checkpoint):
     ("damage", "error", "word"),
     [
         ({"change_manifest": lambda m: m.update(method="magic")}, UnknownMethodError, "magic"),
-        ({"change_manifest": lambda m: m.update(format_version=3)}, FormatVersionError, "upgrade"),
+        ({"change_manifest": lambda m: m.update(format_version=4)}, FormatVersionError, "upgrade"),
         ({"change_manifest": lambda m: m.update(format="other")}, ArtifactError, "format"),
         ({"change_manifest": lambda m: m.update(surprise=1)}, ArtifactError, "surprise"),
         ({"change_manifest": lambda m: m.pop("seed")}, ArtifactError, "seed"),

@@ -1,9 +1,11 @@
 """Drives the real engine from plain tests: rows in, tokens and logprobs out."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from server.config import EngineSettings
 from server.core import Sampling, TokenEvent
@@ -34,9 +36,11 @@ class Answer:
 class Runner:
     """The engine on an event loop of its own, for tests that read top to bottom."""
 
-    def __init__(self, base: Path, settings: EngineSettings) -> None:
+    def __init__(
+        self, base: Path, settings: EngineSettings, own_tokenizer: Callable[[EngineDelta], Any] = lambda delta: None
+    ) -> None:
         self.loop = asyncio.new_event_loop()
-        self.engine = VLLMEngine(base, settings)
+        self.engine = VLLMEngine(base, settings, own_tokenizer)
         self.loop.run_until_complete(self.engine.start())
         self._count = 0
 

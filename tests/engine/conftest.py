@@ -2,18 +2,22 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from compressors.base import default_base
 from compressors.compress import compress
 from compressors.impart import ImPartConfig
 from server.engine.base import EngineDelta
+from server.own_tokenizers import OwnTokenizers, loader
+from server.prompt import HuggingFaceTokenizer
 from tests.engine.bed import Runner, engine_settings
 
+RESERVED = 2048  # so many that tokens drawn from a flat distribution would be among them
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -80,3 +84,68 @@ def tiny_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Run
         runner.load(delta)
     yield runner
     runner.stop()
+
+
+@dataclass(frozen=True)
+class World:
+    """A running engine with a reserve, its base, a delta that trained everything and one that trained the projections."""
+
+    runner: Runner
+    base: Path
+    whole: EngineDelta
+    projections: EngineDelta
+    own: OwnTokenizers[HuggingFaceTokenizer]
+
+
+def train(base: Path, folder: Path, lr: float, steps: int = 4) -> Path:
+    """Real optimiser steps on every parameter."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        ids = torch.randint(model.config.vocab_size, (2, 24), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def train_delta(base: Path, tuned: Path, path: Path, digest: str, **changes: object) -> EngineDelta:
+    compress(base, tuned, path, ImPartConfig(ratio=8.0, **changes))
+    return EngineDelta(digest=digest * 64, path=str(path))
+
+
+@pytest.fixture(scope="session")
+def untied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2: biases in its linears and a head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "tiny-qwen2"
+    torch.manual_seed(1)
+    config = {key: value for key, value in TINY.items() if key != "head_dim"} | {"tie_word_embeddings": False}
+    model = Qwen2ForCausalLM(Qwen2Config(**config, initializer_range=0.08, use_sliding_window=False))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value += 0.1 * torch.randn(value.shape)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(default_base(progress=False) / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["tied", "untied"])
+def world(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    base = tiny_base if request.param == "tied" else request.getfixturevalue("untied_base")
+    folder = tmp_path_factory.mktemp(f"whole-{request.param}")
+    rows_dtype = "int8" if request.param == "tied" else "fp16"
+    whole = train_delta(base, train(base, folder / "whole", 0.02), folder / "w.safetensors", "a", rows_dtype=rows_dtype)
+    projections = train_delta(base, fine_tune(base, folder / "tuned", 10), folder / "p.safetensors", "b")
+    own = OwnTokenizers(loader(base), 4)
+    runner = Runner(base, engine_settings(reserved_tokens=RESERVED), lambda delta: own.of(delta).loaded)
+    try:
+        runner.load(whole)
+        runner.load(projections)
+        yield World(runner, base, whole, projections, own)
+    finally:
+        runner.stop()

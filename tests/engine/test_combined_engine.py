@@ -10,8 +10,8 @@ from server.core import Sampling
 from server.engine.base import EngineDelta, EngineLoadError, WeightedDelta
 from server.engine.sampling import sampling_params
 from tests.engine.bed import Row, Runner
+from tests.engine.conftest import World
 from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle, running
-from tests.engine.test_whole import World, untied_base, world  # noqa: F401  # fixtures
 
 pytestmark = pytest.mark.engine
 
@@ -29,7 +29,7 @@ def merged_file(base: Path, path: Path, *parts: tuple[EngineDelta, float]) -> En
 
 
 def test_a_combination_equals_the_merged_artifact_beside_its_parts_and_the_base(
-    world: World,  # noqa: F811
+    world: World,
     tmp_path: Path,
 ):
     """Projections, embedding, head, norms and biases; every row against the oracle with its weights merged in."""
@@ -56,7 +56,7 @@ def test_a_combination_equals_the_merged_artifact_beside_its_parts_and_the_base(
             assert answers[Row(prompt, both)].logprobs != pytest.approx(answers[Row(prompt, other)].logprobs, abs=1e-2)
 
 
-def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_were(world: World):  # noqa: F811
+def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_were(world: World):
     bases = [Row((*prompt, 3)) for prompt in PROMPTS]
     rows = [Row((*prompt, 3), one) for prompt in PROMPTS for one in (world.whole, world.projections)]
     before, plain = world.runner.answer(rows, 8), world.runner.answer(bases, 8)
@@ -76,7 +76,7 @@ def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_w
     assert [(a.tokens, a.logprobs) for a in plain] == [(a.tokens, a.logprobs) for a in beside_plain]
 
 
-def test_keys_and_values_are_of_the_combination_alone(world: World):  # noqa: F811
+def test_keys_and_values_are_of_the_combination_alone(world: World):
     prompt = tuple(range(30_000, 30_300))
     one = combined((world.whole, 0.5), (world.projections, 0.5))
     other = combined((world.whole, 0.5), (world.projections, 0.25))
@@ -95,7 +95,7 @@ def test_keys_and_values_are_of_the_combination_alone(world: World):  # noqa: F8
             world.runner.unload(both)
 
 
-def test_a_part_that_is_not_resident_is_refused(world: World):  # noqa: F811
+def test_a_part_that_is_not_resident_is_refused(world: World):
     absent = EngineDelta(digest="f" * 64, path=world.whole.path)
     with pytest.raises(EngineLoadError, match="not resident"):
         world.runner.load(combined((absent, 1.0), (world.whole, 1.0)))

@@ -1,90 +1,22 @@
 """Whole fine-tunes, every parameter trained: served equals merged, in one batch with the base and a projection delta."""
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compressors.artifact import Artifact
-from compressors.base import default_base
-from compressors.compress import compress
-from compressors.impart import ImPartConfig
 from compressors.peft import import_lora
 from server.core import Sampling
 from server.engine.base import EngineDelta
 from tests.compressors.lora_folder import pair, write_lora
-from tests.engine.bed import Row, Runner, engine_settings
-from tests.engine.conftest import TINY, fine_tune
+from tests.engine.bed import Row
+from tests.engine.conftest import World, train, train_delta
 from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle
 
 pytestmark = pytest.mark.engine
-
-
-@dataclass(frozen=True)
-class World:
-    """A running engine, its base, a delta that trained everything and one that trained the projections."""
-
-    runner: Runner
-    base: Path
-    whole: EngineDelta
-    projections: EngineDelta
-
-
-def train(base: Path, folder: Path, lr: float, steps: int = 4) -> Path:
-    """Real optimiser steps on every parameter."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        ids = torch.randint(model.config.vocab_size, (2, 24), generator=generator)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
-
-
-def delta(base: Path, tuned: Path, path: Path, digest: str, **changes: object) -> EngineDelta:
-    compress(base, tuned, path, ImPartConfig(ratio=8.0, **changes))
-    return EngineDelta(digest=digest * 64, path=str(path))
-
-
-@pytest.fixture(scope="module")
-def untied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2: biases in its linears and a head of its own."""
-    folder = tmp_path_factory.mktemp("untied") / "tiny-qwen2"
-    torch.manual_seed(1)
-    config = {key: value for key, value in TINY.items() if key != "head_dim"} | {"tie_word_embeddings": False}
-    model = Qwen2ForCausalLM(Qwen2Config(**config, initializer_range=0.08, use_sliding_window=False))
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("bias"):
-                value += 0.1 * torch.randn(value.shape)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(default_base(progress=False) / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def world(request, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    base = tiny_base if request.param == "tied" else request.getfixturevalue("untied_base")
-    folder = tmp_path_factory.mktemp(f"whole-{request.param}")
-    rows_dtype = "int8" if request.param == "tied" else "fp16"
-    whole = delta(base, train(base, folder / "whole", 0.02), folder / "w.safetensors", "a", rows_dtype=rows_dtype)
-    projections = delta(base, fine_tune(base, folder / "tuned", 10), folder / "p.safetensors", "b")
-    runner = Runner(base, engine_settings())
-    try:
-        runner.load(whole)
-        runner.load(projections)
-        yield World(runner, base, whole, projections)
-    finally:
-        runner.stop()
 
 
 def test_every_kind_of_parameter_is_in_the_delta(world: World):
@@ -97,7 +29,7 @@ def test_every_kind_of_parameter_is_in_the_delta(world: World):
 
 def test_two_whole_fine_tunes_do_not_mix(world: World, tmp_path: Path):
     """Slots of the norms and tables of the vocabulary belong to one delta each."""
-    other = delta(world.base, train(world.base, tmp_path / "other", 0.03, 3), tmp_path / "o.safetensors", "d")
+    other = train_delta(world.base, train(world.base, tmp_path / "other", 0.03, 3), tmp_path / "o.safetensors", "d")
     world.runner.load(other)
     try:
         rows = [Row(prompt, who) for prompt in PROMPTS for who in (other, None, world.whole)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 
 from compressors.base import default_base
 from server.core import ChatPrompt, InvalidRequest, Message, TextPrompt, TokenPrompt
+from server.engine.base import EngineDelta
 from server.prompt import HuggingFaceTokenizer, PromptRenderer, TokenizerError
 
 
@@ -87,8 +89,9 @@ async def test_a_fine_tunes_own_template_renders_its_chats_and_nothing_else(toke
     prompts = PromptRenderer(tokenizer)
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if tools %}never{% endif %}"
     chat = ChatPrompt((Message("user", "hi"),))
-    assert await prompts.render(chat, template) == tokenizer.encode("[user] hi\n", add_special_tokens=False)
-    assert await prompts.render(chat) != await prompts.render(chat, template)
-    assert await prompts.render(TextPrompt("hello"), template) == [28120]
+    delta = EngineDelta("d", "", chat_template=template)
+    assert await prompts.render(chat, delta) == tokenizer.encode("[user] hi\n", add_special_tokens=False)
+    assert await prompts.render(chat) != await prompts.render(chat, delta)
+    assert await prompts.render(TextPrompt("hello"), delta) == [28120]
     with pytest.raises(InvalidRequest, match="refuses"):
-        await prompts.render(chat, "{{ raise_exception('no') }}")
+        await prompts.render(chat, replace(delta, chat_template="{{ raise_exception('no') }}"))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.compress import compress
-from compressors.errors import ArtifactError
 from compressors.impart import ImPartConfig
+from server.artifacts.reserve import ReserveExceeded
 from server.artifacts.store import Incoming
 from server.serve import checks_for
 
@@ -144,7 +144,7 @@ def test_the_version_keeps_what_is_not_the_bases(folder: Path, tmp_path: Path) -
         assert (version.chat_template, version.stop_ids) == (template, stop_ids)
 
 
-def test_added_tokens_are_refused_at_the_door(tmp_path: Path) -> None:
+def test_added_tokens_that_are_not_reserved_are_refused_at_the_door(tmp_path: Path) -> None:
     table = torch.ones(8, 48)
     for name, rows in (("base", table), ("tuned", torch.cat([table, table[:2]]))):
         write_model(tmp_path / name, 0)
@@ -152,5 +152,7 @@ def test_added_tokens_are_refused_at_the_door(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / name / "model.safetensors")
     compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.safetensors", ImPartConfig(ratio=4.0))
     _, checks = checks_for(tmp_path / "base")
-    with pytest.raises(ArtifactError, match="adds 2 tokens"):
+    with pytest.raises(ReserveExceeded, match=r"adds 2 tokens.*engine\.reserved_tokens is 0.*at least 2"):
         checks.delta(Incoming(tmp_path / "d.safetensors", io.BytesIO(), 0))
+    _, checks = checks_for(tmp_path / "base", reserved_tokens=2)
+    assert checks.delta(Incoming(tmp_path / "d.safetensors", io.BytesIO(), 0)).added_tokens == 2

@@ -62,6 +62,15 @@ TOUCHED: tuple[Touched, ...] = (
         "LogitsProcessor._apply_head",
         ("lm_head", "hidden_states", "embedding_bias"),
     ),
+    Touched("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward", ("lm_head", "hidden_states")),
+    # The reserve of added tokens: tables larger than the checkpoint's.
+    Touched(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding.weight_loader",
+        ("param", "loaded_weight"),
+    ),
+    Touched("vllm.engine.arg_utils", "EngineArgs", ("hf_overrides", "additional_config")),
+    Touched("vllm.config", "get_current_vllm_config"),
     Touched("vllm.model_executor.layers.layernorm", "LayerNorm.forward_native", ("x",)),
     Touched("vllm.lora.layers", "LoRAMapping", ("index_mapping", "prompt_mapping")),
     Touched("vllm.lora.request", "LoRARequest"),
@@ -84,6 +93,10 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("lora_request",)),
     Touched("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora", ("lora_id",)),
     Touched("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("method",)),
+    # Text of a delta with a tokenizer of its own (server/engine/decoding.py).
+    Touched("vllm.v1.engine.output_processor", "OutputProcessor.__init__", ("tokenizer",)),
+    Touched("vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("request",)),
+    Touched("vllm.v1.engine", "EngineCoreRequest", ("lora_request",)),
     # Edits: where the decoder layers are, and what their output means.
     Touched("vllm.config", "ModelConfig.get_total_num_hidden_layers"),
     Touched("vllm.config", "ModelConfig.get_hidden_size"),
@@ -100,6 +113,11 @@ TOUCHED: tuple[Touched, ...] = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._prepare_inputs",
         ("scheduler_output", "num_scheduled_tokens"),
+    ),
+    Touched(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_prompt_logprobs_dict",
+        ("hidden_states", "num_scheduled_tokens"),
     ),
     Touched("vllm.v1.worker.gpu_input_batch", "InputBatch.req_ids"),
     Touched("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model", ("scheduler_output",)),

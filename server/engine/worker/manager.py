@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from server.engine.worker.memory import release_memory
 from server.engine.worker.outside import OutsidePlane, Prepared
 from server.engine.worker.placement import Placement, PlacementError
 from server.engine.worker.plan import Planner
+from server.engine.worker.reserve import RESERVE_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +53,7 @@ class DeltaManager:
         self._resident_bytes: dict[int, int] = {}
         self._masks: MaskSource = factor_rows
         self._state = DeltaState(self._kernel(settings.get("kernel", "auto")))
+        self._reserved: int = settings.get(RESERVE_KEY, 0)
         self.edits: EditPlane | None = None  # None also later, when the model has no layers that we can edit
         op_library()
 
@@ -63,7 +65,7 @@ class DeltaManager:
         wrapped = wrap_linears(model, self._state, context)
         self._linears = {name: linear for name, (_, linear) in wrapped.items()}
         self._placement = Placement(model, {name: module for name, (module, _) in wrapped.items()})
-        self._outside = OutsidePlane(model, self._placement, context, self._device)
+        self._outside = OutsidePlane(model, self._placement, context, self._device, self._reserved)
         self.edits = EditPlane.create(model, vllm_config, self._device)
         logger.info("delta plane: %d linears, kernel %s", len(wrapped), self._state.kernel.name)
         return model
@@ -183,6 +185,10 @@ class DeltaManager:
         if mapping is not None:
             self._state.plan = self._planner.plan(mapping.index_mapping)
             self._outside.begin(self._state.plan, mapping.prompt_mapping)
+
+    def scoring(self, adapter: int) -> AbstractContextManager[None]:
+        """While the prompt of a request to `adapter` (0: the base) is scored: all its positions go through the head."""
+        return self._outside.scoring(adapter)
 
     def _forget_plans(self) -> None:
         self._state.plan = None

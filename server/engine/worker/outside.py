@@ -7,7 +7,8 @@ The manager asks `prepare` for every record that is no projection (nothing is ch
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class Prepared:
     embeddings: dict[str, tuple[RowTable, ...]] = field(default_factory=dict)
     head: tuple[RowTable, ...] = ()
     shared_tables: bool = False  # they belong to the parts of a combination
+    added_tokens: int = 0
     norms: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -47,16 +49,23 @@ class OutsidePlane:
     """The layers of one worker outside its projections, wrapped once, before the first forward."""
 
     def __init__(
-        self, model: torch.nn.Module, placement: Placement, context: dict[str, Any], device: torch.device
+        self,
+        model: torch.nn.Module,
+        placement: Placement,
+        context: dict[str, Any],
+        device: torch.device,
+        reserved_tokens: int = 0,
     ) -> None:
+        """Raises ReserveError."""
         self._placement = placement
+        self._reserved = reserved_tokens
         self._device = device
         self._tokens, self._sampled = StepRows(device), StepRows(device)
         self._planner = Planner()
         self._norms: dict[str, DeltaNorm] = wrap_norms(model, self._tokens, context)
         self._biases: dict[str, DeltaBias] = wrap_biases(model, self._tokens, context)
         self._embeddings = wrap_embedding(model, self._tokens, context)
-        self._head = wrap_head(model, self._sampled)
+        self._head = wrap_head(model, self._sampled, reserved_tokens)
 
     # Deltas
 
@@ -81,7 +90,9 @@ class OutsidePlane:
         prepared.embeddings = {
             name: found for name, layer in self._embeddings.items() if (found := tables(layer.resident))
         }
-        prepared.head = () if self._head is None else tables(self._head.resident)
+        if self._head is not None:
+            prepared.head = tables(self._head.resident)
+            prepared.added_tokens = max(self._head.added.get(part, 0) for part, _ in parts)
         prepared.norms = {name: vectors for name, norm in self._norms.items() if (vectors := norm.combine(parts))}
         for name, bias in self._biases.items():
             held = [weight * bias.resident[part] for part, weight in parts if part in bias.resident]
@@ -94,6 +105,7 @@ class OutsidePlane:
             self._embeddings[name].resident[adapter] = tables
         if self._head is not None and prepared.head:
             self._head.resident[adapter] = prepared.head
+            self._head.added[adapter] = prepared.added_tokens
         for name, vectors in prepared.norms.items():
             self._norms[name].resident[adapter] = vectors
         for name, change in prepared.biases.items():
@@ -101,6 +113,8 @@ class OutsidePlane:
 
     def remove(self, adapter: int) -> None:
         heads = () if self._head is None else (self._head,)
+        for head in heads:
+            head.added.pop(adapter, None)
         for layer in (*self._embeddings.values(), *heads, *self._norms.values(), *self._biases.values()):
             layer.resident.pop(adapter, None)
 
@@ -110,6 +124,18 @@ class OutsidePlane:
         """`plan` of the token rows, and the adapter id of every sampled row."""
         self._tokens.begin(plan)
         self._sampled.begin(self._planner.plan(sampled))
+
+    @contextmanager
+    def scoring(self, adapter: int) -> Iterator[None]:
+        """Inside the block the head is given rows of one prompt to `adapter`, 0 for the base, instead of sampled rows."""
+        if self._head is None:
+            yield
+            return
+        self._head.scoring = adapter
+        try:
+            yield
+        finally:
+            self._head.scoring = None
 
     def forget(self) -> None:
         """A delta was loaded or dropped: what layers derived from the last plans is stale."""
@@ -134,17 +160,22 @@ class OutsidePlane:
         if name != HEAD and embedding is None:
             raise PlacementError(f"{name}: the served model has no token embedding of this name")
         if embedding is not None:
-            known: int = embedding.module.org_vocab_size
-            if int(index[-1]) >= known:
-                raise PlacementError(
-                    f"{name}: the fine-tune adds {record.shape[0] - known} tokens to the vocabulary of {known}; "
-                    "added tokens are not served"
-                )
+            prepared.added_tokens = self._added(name, record.shape[0], embedding.module.org_vocab_size)
             prepared.embeddings[module] = (table,)
         if name == HEAD or (name == input_table(artifact.records) and _ties_head(artifact)):
             if self._head is None:
                 raise PlacementError(f"{name}: the served model has no single head that could change")
             prepared.head = (table.within(*self._head.shard),)
+
+    def _added(self, name: str, rows: int, served: int) -> int:
+        """How many tokens a table of so many rows adds to the base's; `served` counts the reserve. Raises PlacementError."""
+        added = rows - (served - self._reserved)
+        if added > self._reserved:
+            raise PlacementError(
+                f"{name}: the fine-tune adds {added} tokens to the vocabulary, and engine.reserved_tokens is {self._reserved}: it "
+                f"must be at least {added}"
+            )
+        return max(0, added)
 
     def _vector(self, prepared: Prepared, name: str, delta: torch.Tensor) -> None:
         module = self._placement.module_name(name)

@@ -14,13 +14,15 @@ CONFIG_KEY = "deltaworks"
 def register() -> None:
     """Put our manager where both model runners look for the LoRA manager; engines without our key get the stock one.
 
-    The cache keys are wrapped here because the scheduler's process may be another than the workers'.
+    The cache keys are wrapped here because the scheduler's process may be another than the workers', and the loading of vocabulary
+    tables because the model is loaded before its manager is made.
     """
     from vllm.v1.worker import lora_model_runner_mixin as mixin
 
-    from server.engine.worker import cachekeys
+    from server.engine.worker import cachekeys, reserve
 
     cachekeys.install()
+    reserve.install(CONFIG_KEY)
     if mixin.LRUCacheWorkerLoRAManager is not choose_manager:
         mixin.LRUCacheWorkerLoRAManager = choose_manager
 

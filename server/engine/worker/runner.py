@@ -1,6 +1,7 @@
-"""Tells the edit plane about every batch: wraps two methods of vLLM's model runner, of whichever version this process has.
+"""Tells the edit plane about every batch: wraps methods of vLLM's model runner, of whichever version this process has.
 
 `execute_model` brings the requests that enter and leave, and ends the step; the preparation of inputs fixes which rows are whose.
+Prompts whose tokens are scored go through the head one by one, and the delta plane is told whose.
 V1 runs on CPUs and is what our tests run. V2 is the default on GPUs: its names are checked at start, but no test runs it.
 """
 
@@ -27,6 +28,8 @@ def install() -> None:
         if not getattr(runner.execute_model, "deltaworks", False):
             runner.execute_model = _executing(runner.execute_model)
             setattr(runner, prepare, _preparing(getattr(runner, prepare), chunks))
+            if module == V1:
+                runner._get_prompt_logprobs_dict = _scoring(runner._get_prompt_logprobs_dict)
 
 
 def _plane(runner: Any) -> EditPlane | None:
@@ -63,6 +66,31 @@ def _preparing(inner: Callable[..., Any], chunks: Callable[..., Iterable[Chunk]]
         return prepared
 
     return prepare
+
+
+def _scoring(inner: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """One request at a time: the head must know to which delta the prompt goes."""
+
+    @functools.wraps(inner)
+    def scored(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        waiting: dict[str, int] = self.num_prompt_logprobs
+        manager: Any = getattr(self, "lora_manager", None)
+        if not waiting or not hasattr(manager, "scoring"):
+            return inner(self, *args, **kwargs)
+        found: dict[str, Any] = {}
+        try:
+            for request_id in list(waiting):
+                lora = getattr(self.requests.get(request_id), "lora_request", None)
+                self.num_prompt_logprobs = alone = {request_id: waiting[request_id]}
+                with manager.scoring(lora.lora_int_id if lora is not None else 0):
+                    found |= inner(self, *args, **kwargs)
+                if not alone:  # vLLM is done with it
+                    del waiting[request_id]
+        finally:
+            self.num_prompt_logprobs = waiting
+        return found
+
+    return scored
 
 
 def _v1_chunks(runner: Any, num_scheduled_tokens: Any, prepared: Any) -> Iterator[Chunk]:

@@ -1,6 +1,7 @@
 """Vocabulary tables of a fine-tune: changed rows of the token embedding and of the head, for the rows of a delta.
 
-Legend: T token rows of the step, s sampled rows, t rows of one delta, n changed rows of its table, d width, V vocabulary.
+Legend: T token rows of the step, s sampled rows, t rows of one delta, n changed rows of its table, d width, V vocabulary with the
+reserve (reserve.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from server.engine.worker.ops import define_op
+from server.engine.worker.reserve import ReserveError
 from server.engine.worker.rows import StepRows
 
 _BLOCK = 8192  # changed rows of a head at once: bounds the fp32 copy
@@ -103,31 +105,65 @@ class DeltaEmbedding:
 
 @dataclass(eq=False)
 class DeltaHead:
-    """The tables resident on the head, each cut to this worker's shard of the vocabulary. `rows` are the sampled rows."""
+    """The tables resident on the head, each cut to this worker's shard of the vocabulary. `rows` are the sampled rows.
+
+    The last `reserved` tokens are nobody's but of the deltas that `added` names, each with how many of them it has.
+    """
 
     shard: tuple[int, int]
     rows: StepRows
+    reserved: int = 0
     resident: dict[int, tuple[RowTable, ...]] = field(default_factory=dict)  # one, or those of a combination's parts
+    added: dict[int, int] = field(default_factory=dict)
+    scoring: int | None = None  # all rows are of one prompt, to this adapter; 0 is the base
 
     def wrap(self, apply_head: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(apply_head)
         def projected(lm_head: Any, hidden_states: torch.Tensor, embedding_bias: torch.Tensor | None) -> torch.Tensor:
             logits = apply_head(lm_head, hidden_states, embedding_bias)
-            if self.rows.plan is not None:
-                self.add(logits, hidden_states)
+            self.add(logits, hidden_states)
             return logits
 
         return projected
 
     def add(self, logits: torch.Tensor, x: torch.Tensor) -> None:
         """logits [s, V] += x [s, d] by the changed rows of each sampled row's delta, in place."""
-        for adapter, rows in self.rows.groups:
+        for adapter, rows in self._groups(x):
             tables = [table for table in self.resident.get(adapter, ()) if len(table.index)]
             if tables:
                 scores, states = logits.index_select(0, rows).float(), x.index_select(0, rows).float()
                 for table in tables:
                     table.add_logits(scores, states)
                 logits.index_copy_(0, rows, scores.to(logits.dtype))
+
+    def _groups(self, of: torch.Tensor) -> tuple[tuple[int, torch.Tensor], ...]:
+        """Rows by adapter; `of` has a row each."""
+        if self.scoring is None:
+            return self.rows.groups
+        return ((self.scoring, torch.arange(len(of), device=of.device)),) if self.scoring else ()
+
+    def wrap_whole(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Around all that a head does: a soft cap would make minus infinity finite."""
+
+        @functools.wraps(forward)
+        def headed(lm_head: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+            logits: torch.Tensor | None = forward(lm_head, hidden_states, *args, **kwargs)
+            if logits is not None:  # gathered elsewhere
+                self.withhold(logits)
+            return logits
+
+        return headed
+
+    def withhold(self, logits: torch.Tensor) -> None:
+        """Make every reserved token that its row's delta has not added impossible: logits [s, V], in place."""
+        tail, groups = logits[:, -self.reserved :], self._groups(logits)
+        if not groups:
+            tail.fill_(-torch.inf)
+            return
+        has = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+        for adapter, rows in groups:
+            has[rows] = self.added.get(adapter, 0)
+        tail.masked_fill_(torch.arange(self.reserved, device=logits.device) >= has, -torch.inf)
 
 
 def wrap_embedding(
@@ -145,16 +181,23 @@ def wrap_embedding(
     return wrapped
 
 
-def wrap_head(model: torch.nn.Module, sampled: StepRows) -> DeltaHead | None:
-    """Wrap the head of `model`, which may be its token embedding; None when it has none, or tables in several places."""
+def wrap_head(model: torch.nn.Module, sampled: StepRows, reserved: int = 0) -> DeltaHead | None:
+    """Wrap the head of `model`, which may be its token embedding; None when it has none, or tables in several places.
+
+    Raises ReserveError where there is a reserve and no such head to withhold it.
+    """
     processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     tables = [module for module in model.modules() if isinstance(module, ParallelLMHead)]
     tables = tables or [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
     if len(processors) != 1 or len(tables) != 1:
+        if reserved:
+            raise ReserveError("the served model has no single head; set engine.reserved_tokens to 0")
         return None
     indices = tables[0].shard_indices
-    head = DeltaHead((indices.org_vocab_start_index, indices.org_vocab_end_index), sampled)
+    head = DeltaHead((indices.org_vocab_start_index, indices.org_vocab_end_index), sampled, reserved)
     processors[0]._apply_head = head.wrap(processors[0]._apply_head)
+    if reserved:
+        processors[0].forward = head.wrap_whole(processors[0].forward)
     return head
 
 
