@@ -8,9 +8,9 @@ digests in the records every byte of the file is covered. The arrays of the reco
 |---|---|
 | zero | none: the parameter equals the base's |
 | impart | coef f32 [r]; keep_u, keep_v i32 [r]; u_vals, v_vals: kept values, column after column, ascending row |
-| | and mask_u, mask_v u8 where no seed gives the rows (mask_codes.py) |
+| | and mask_u, mask_v u8 where the rows are written out (mask_codes.py) |
 | lowrank | a [r, in], b [out, r] |
-| sparse | count i32 [1], spread evenly over columns (factors.py); scale f32 [1]; vals: kept entries of the delta, as U's |
+| sparse | count i32 [1], spread evenly over columns (factors.py); scale f32 [1]; vals: kept entries of the delta, as U's; mask_u |
 | signs | signs u8: a bit an entry, row after row, 1 for +; scale f32 [1] or [out] |
 | raw | delta, in the parameter's shape |
 | rows | row_idx i32 [t], row_delta [t, width]; int8 has row_scale f32 [t] too; rows past the base's last are new ones, whole |
@@ -35,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,11 @@ Kind = Literal["zero", "impart", "lowrank", "sparse", "signs", "raw", "rows"]
 Mask = Literal["seeded", "bitmask", "gap8"]
 
 
+MAX_DIMENSIONS = 8
+_MOST = (1 << 63) - 1  # of an extent or an offset
+Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=_MOST)], ...], Field(max_length=MAX_DIMENSIONS)]
+
+
 def _is_none(value: object) -> bool:
     return value is None
 
@@ -76,7 +81,7 @@ def _is_empty(value: Sized) -> bool:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Record(_Strict):
@@ -86,14 +91,14 @@ class Record(_Strict):
     """
 
     kind: Kind
-    shape: tuple[int, ...]
+    shape: Shape
     rank: int = 0
     tied_to: str | None = None
     mask: Mask | None = Field(default=None, exclude_if=_is_none)
     bits: tuple[tuple[int, int], ...] = Field(default=(), exclude_if=_is_empty)
     sha256: dict[str, str] = {}
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class Ratios(_Strict):
@@ -140,13 +145,14 @@ class Merged(_Strict):
     retain: float | None = None
     parts: tuple[MergedPart, ...]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class Manifest(_Strict):
     """Everything that a file says about itself. Holds no time and no path: the same inputs give the same bytes.
 
-    Settings that the method does not have are None. `bytes_ratio` is the one that was asked for.
+    Settings that the method does not have are None. `bytes_ratio` is the one that was asked for. `distil`: steps in which
+    BitDelta's scales were tuned.
     """
 
     format: str = FORMAT
@@ -164,6 +170,7 @@ class Manifest(_Strict):
     value_dtype: str | None
     mask: str
     seed: int
+    distil: int | None = Field(default=None, exclude_if=_is_none)
     ratios: Ratios
     tokenizer: TokenizerInfo
     tool: str
@@ -316,6 +323,8 @@ def _parse(header: dict[str, Any], header_end: int, size: int) -> tuple[Manifest
     if not isinstance(text, str):
         raise ArtifactError("the file has no Deltaworks manifest; it is a safetensors file, but not a delta")
     manifest = _parse_manifest(text)
+    for key in header:
+        _check_text(key)
     slots = {key: _slot(key, entry, header_end) for key, entry in header.items()}
     position = header_end
     for key, slot in sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -349,13 +358,22 @@ def _parse_manifest(text: str) -> Manifest:
         raise ArtifactError("the manifest is not JSON: the file is damaged") from error
 
 
+def _check_text(key: str) -> None:
+    """JSON can spell half a character, which no answer could carry."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ArtifactError(f"the header has an array {key!a}, whose name is no text") from None
+
+
 def _slot(key: str, entry: Any, header_end: int) -> Slot:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ArtifactError(f"the header entry of {key} is malformed") from error
     numbers = (*shape, start, end)
-    if dtype not in DTYPES or any(type(n) is not int or n < 0 for n in numbers):
+    known = isinstance(dtype, str) and dtype in DTYPES
+    if not known or len(shape) > MAX_DIMENSIONS or any(type(n) is not int or not 0 <= n <= _MOST for n in numbers):
         raise ArtifactError(f"the header entry of {key} has an unknown dtype or a bad number")
     count = 1
     for extent in shape:

@@ -23,6 +23,7 @@ from compressors.errors import CheckpointError
 from compressors.gptq import round_factors
 from compressors.impart import decompose
 from compressors.layout import projection_parts
+from compressors.mask_codes import code_of
 from compressors.quantize import ImPartQtConfig
 from compressors.record import Encoded, Unwritten
 from compressors.tensors import Checkpoint
@@ -41,7 +42,7 @@ def calibrated(
 
     tokens = calibration.tokens(new.folder)
     model = AutoModelForCausalLM.from_pretrained(new.folder, dtype=torch.float32).eval()
-    prefix, blocks = _blocks(model)
+    prefix, blocks = decoder_blocks(model)
     with torch.no_grad():
         runs = _entering(model, blocks[0], tokens)
         for index, block in enumerate(tqdm(blocks, "rounding", unit="block", disable=not progress)):
@@ -70,8 +71,9 @@ def _rounded(
         encoded = whole_rank(name, spectrum, matrix)
     else:
         drops = config.drops(spectrum, name, matrix)
-        encoded = as_record(name, round_factors(spectrum, drops, name, config.seed, config.rescale, hessian), delta)
-    return encoded, before + delta_tensor(Unwritten(config.seed, encoded), name)
+        factors = round_factors(spectrum, drops, name, config.seed, config.rescale, hessian)
+        encoded = as_record(name, factors, delta, config.seed, code_of(config.mask))
+    return encoded, before + delta_tensor(Unwritten(config.seed, encoded, mask=code_of(config.mask)), name)
 
 
 @dataclass
@@ -95,7 +97,7 @@ class _EnoughError(Exception):
     """The first block was reached; the rest of the forward is not needed."""
 
 
-def _blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+def decoder_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     """The decoder's blocks and their prefix in the names of parameters."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h") and len(module):

@@ -102,7 +102,9 @@ def _import(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from compressors.artifact import Artifact
     from compressors.inspect import summary, text
+    from compressors.verify import verify
 
+    verify(args.file)
     with Artifact.open(args.file) as artifact:
         found = summary(artifact)
     print(json.dumps(found, indent=2) if args.json else text(found))

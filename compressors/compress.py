@@ -21,12 +21,15 @@ import torch
 from tqdm import tqdm
 
 from compressors.artifact import Array, Manifest, Ratios, Record, TokenizerInfo, version_for
+from compressors.baselines import BitDeltaConfig
 from compressors.calibrate import calibrated
 from compressors.calibration import Calibration
+from compressors.distil import distilled
 from compressors.encode import encode_raw, encode_rows
 from compressors.errors import BudgetError
 from compressors.fingerprint import fingerprint
 from compressors.layout import Part, input_table, is_embedding, projection_parts
+from compressors.mask_codes import code_of
 from compressors.methods import Config, encode_projection
 from compressors.pairing import matched_names, tied_to
 from compressors.quantize import ImPartQtConfig
@@ -50,8 +53,9 @@ def compress(
 ) -> Manifest:
     """Compress `fine_tune` - `base` into the file `out`. Raises CheckpointError, BudgetError; `out` is whole or absent.
 
-    `name` is written into the manifest as the base's name, for people; identity is the fingerprint. `calibration`, with
-    ImPart-Qt alone: values are rounded by the activations on a text, and the fine-tune is in memory as a whole.
+    `name` is written into the manifest as the base's name, for people; identity is the fingerprint. `calibration`, with one
+    config alone: a text by whose activations ImPart-Qt rounds its values, or on which BitDelta's scales are distilled; the
+    fine-tune is then in memory as a whole.
     """
     return compress_each(base, fine_tune, [(config, out)], name, progress, calibration)[0]
 
@@ -65,14 +69,15 @@ def compress_each(
     calibration: Calibration | None = None,
 ) -> list[Manifest]:
     """`compress` with several settings, into a file each: every matrix is read and decomposed once."""
+    if calibration is None and any(getattr(config, "distil", 0) for config, _ in wanted):
+        raise BudgetError("--distil needs a text: name one with --calibration")
     with Checkpoint(base) as old, Checkpoint(fine_tune) as new, ExitStack() as open_files:
         outputs = [_Output(config, open_files.enter_context(ArtifactWriter(out))) for config, out in wanted]
         names = matched_names(old, new)
         configs = [output.config for output in outputs]
         tasks = _tasks(old, new, configs, names if calibration is None else _without_projections(names, old, new))
         if calibration is not None:
-            config = _calibrated_config(configs)
-            for encoded in calibrated(old, new, config, calibration, progress):
+            for encoded in _by_text(old, new, configs, calibration, progress):
                 outputs[0].add(encoded)
         with one_thread_per_operation() as workers:
             done = in_order(tasks, workers)
@@ -110,7 +115,7 @@ class _Output:
             format_version=version_for(tokenizer),
             tokenizer=tokenizer,
             method=self.config.method,
-            mask="seeded",
+            mask=stored_mask(self.config),
             **settings(self.config),
             **common,
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
@@ -120,11 +125,16 @@ class _Output:
         return self._writer.finish(manifest, tally.dense_bytes)
 
 
-def _calibrated_config(configs: Sequence[Config]) -> ImPartQtConfig:
+def _by_text(
+    old: Checkpoint, new: Checkpoint, configs: Sequence[Config], calibration: Calibration, progress: bool
+) -> Iterator[Encoded]:
+    """All projections, by a method that needs a text for them."""
     (config,) = configs
-    if not isinstance(config, ImPartQtConfig):
-        raise BudgetError(f"a calibration belongs to the method impart-qt, not to {config.method}")
-    return config
+    if isinstance(config, ImPartQtConfig):
+        return calibrated(old, new, config, calibration, progress)
+    if isinstance(config, BitDeltaConfig) and config.distil:
+        return distilled(old, new, config, calibration, progress)
+    raise BudgetError(f"a calibration belongs to the method impart-qt and to --distil, not to {config.method}")
 
 
 def _without_projections(names: Iterable[str], old: Checkpoint, new: Checkpoint) -> list[str]:
@@ -137,7 +147,12 @@ def settings(config: Config | None) -> dict[str, Any]:
     found = {name: getattr(config, name, None) for name in names}
     if found["bytes_ratio"] is not None:
         found["ratio"] = None
-    return {**found, "seed": getattr(config, "seed", 0)}
+    return {**found, "seed": getattr(config, "seed", 0), "distil": getattr(config, "distil", 0) or None}
+
+
+def stored_mask(config: Config | None) -> str:
+    """The manifest's mask: of records that name none."""
+    return code_of(getattr(config, "mask", "auto")) or "seeded"
 
 
 def _tasks(old: Checkpoint, new: Checkpoint, configs: Sequence[Config], names: Iterable[str]) -> list[Task]:

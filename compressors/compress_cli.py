@@ -13,6 +13,7 @@ Action = Callable[[argparse.Namespace], int]
 
 _METHODS = ("impart", "impart-qt", "lowrank", "dare", "bitdelta")
 _SEQUENCE = 256  # tokens of a calibration sequence
+_STEPS = 200  # of distillation, as BitDelta's authors take
 SETTINGS = (
     "ratio",
     "bytes_ratio",
@@ -22,21 +23,24 @@ SETTINGS = (
     "value_dtype",
     "accounting",
     "rescale",
+    "mask",
     "seed",
     "per_row",
     "rows_dtype",
 )
 _EPILOG = """methods and their settings:
-  impart    importance-aware sparse SVD (the default): ratio | bytes-ratio, beta, c, value-dtype, rule, rescale, seed
-  impart-qt the same in 8, 3 and 2 bits by singular order: ratio | bytes-ratio, beta, c, rule, accounting, rescale, seed;
-            rounded by activations with --calibration
+  impart    importance-aware sparse SVD (the default): ratio | bytes-ratio, beta, c, value-dtype, mask, rule, rescale,
+            seed
+  impart-qt the same in 8, 3 and 2 bits by singular order: ratio | bytes-ratio, beta, c, mask, rule, accounting, rescale,
+            seed; rounded by activations with --calibration
   lowrank   truncated SVD: ratio | bytes-ratio, value-dtype
-  dare      entries of the delta at random: ratio | bytes-ratio, value-dtype, seed
-  bitdelta  the delta's signs and one scale, about 16 times smaller: per-row
+  dare      entries of the delta at random: ratio | bytes-ratio, value-dtype, mask, seed
+  bitdelta  the delta's signs and one scale, about 16 times smaller: per-row; scales tuned on --calibration with distil,
+            distil-steps, seed
 
 --ratio counts surviving values (impart-qt: their bits against 16), as the papers do; --bytes-ratio counts every byte of
 the projections, which is what a disk and a network pay for. At equal bytes narrower values keep more of them: int4 holds
-four times as many as fp16.
+four times as many as fp16. Masks that are written out (bitmask, gap8) are counted too.
 
 --auto --calibration FILE tries all of them at --bytes-ratio (32 unless given) and keeps what is closest to the fine-tune by the
 KL divergence of its next tokens, not by the error of its weights."""
@@ -92,8 +96,20 @@ def add_parser(
         help="to take from its start, in sequences of 256 (default: 8192)",
     )
     parser.add_argument("--rescale", choices=["exact", "released"], help="of the kept entries (default: exact)")
+    parser.add_argument(
+        "--mask",
+        choices=["auto", "seeded", "bitmask", "gap8"],
+        help="how it is stored which entries are kept: by their seed, a bit an entry, or a byte a kept entry "
+        "(default: auto, by their seed)",
+    )
     parser.add_argument("--seed", type=int, help="of the masks (default: 0)")
     parser.add_argument("--per-row", action="store_true", default=None, help="one scale a row instead of one in all")
+    parser.add_argument(
+        "--distil",
+        action="store_true",
+        help="of bitdelta: tune the scales until the logits on --calibration are the fine-tune's",
+    )
+    parser.add_argument("--distil-steps", type=int, metavar="N", help="of 512 tokens each (default: 200)")
     parser.add_argument(
         "--rows-dtype", choices=["int8", "fp16"], help="of changed vocabulary rows, with every method (default: int8)"
     )
@@ -108,7 +124,7 @@ def _compress(args: argparse.Namespace) -> int:
     from compressors.inspect import summary, text
 
     calibration = _calibration(args)
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None} | _distilling(args)
     base = resolve_base(args.base)
     if args.auto:
         _search(base, args, given, calibration)
@@ -138,6 +154,22 @@ def _search(base: Path, args: argparse.Namespace, given: dict[str, Any], calibra
         print(f"{trial.kl:>20.5f}  {trial.nbytes:>12,}  {trial.label}{'' if trial.fits else '  (too large)'}")
 
 
+def _distilling(args: argparse.Namespace) -> dict[str, int]:
+    """Raises BudgetError."""
+    steps = args.distil_steps
+    if not args.distil:
+        if steps is not None:
+            raise BudgetError("--distil-steps needs --distil")
+        return {}
+    if args.auto:
+        raise BudgetError("--auto judges bitdelta as it is; add --distil to --method bitdelta in a run of its own")
+    if args.calibration is None:
+        raise BudgetError("--distil needs a text: name one with --calibration")
+    if steps is not None and steps < 1:
+        raise BudgetError(f"--distil-steps must be 1 or more, got {steps}")
+    return {"distil": steps or _STEPS}
+
+
 def _calibration(args: argparse.Namespace) -> Any:
     """Raises BudgetError."""
     from compressors.calibration import Calibration
@@ -147,9 +179,9 @@ def _calibration(args: argparse.Namespace) -> Any:
         if tokens is not None:
             raise BudgetError("--calibration-tokens needs a text: name one with --calibration")
         return None
-    if args.method != "impart-qt" and not args.auto:
+    if args.method != "impart-qt" and not args.auto and not args.distil:
         raise BudgetError(
-            f"--calibration belongs to --auto and to the method impart-qt, not to {args.method or 'impart'}"
+            f"--calibration belongs to --auto, --distil and the method impart-qt, not to {args.method or 'impart'}"
         )
     if tokens is not None and tokens < _SEQUENCE:
         raise BudgetError(f"--calibration-tokens must be {_SEQUENCE} or more, got {tokens}")

@@ -6,11 +6,12 @@ Legend: m out features, n in features, N = min(m, n), r rank.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressors.artifact import Array
 from compressors.baselines import LowRankConfig
-from compressors.byte_budget import drops_within
+from compressors.byte_budget import Price, drops_within
 from compressors.impart import (
     ImPartConfig,
     SparseFactors,
@@ -19,6 +20,8 @@ from compressors.impart import (
     drop_ratios,
     sparsify,
 )
+from compressors.mask_codes import Code, code_of, encode_mask
+from compressors.masks import factor_rows, layer_seed
 from compressors.record import Encoded
 from compressors.values import ValueForm, value_form
 
@@ -37,7 +40,8 @@ def encode_impart(name: str, spectrum: Spectrum, delta: torch.Tensor, config: Im
         return whole_rank(name, spectrum, shape)
     form = value_form(config.value_dtype)
     drops = _drops(spectrum.s[: spectrum.true_rank], name, shape, config, form)
-    return as_record(name, sparsify(spectrum, drops, name, config.seed, form, config.rescale), delta)
+    factors = sparsify(spectrum, drops, name, config.seed, form, config.rescale)
+    return as_record(name, factors, delta, config.seed, code_of(config.mask))
 
 
 def whole_rank(name: str, spectrum: Spectrum, shape: tuple[int, int]) -> Encoded:
@@ -48,18 +52,28 @@ def whole_rank(name: str, spectrum: Spectrum, shape: tuple[int, int]) -> Encoded
     return Encoded(name, "lowrank", shape, arrays, rank)
 
 
-def as_record(name: str, factors: SparseFactors, delta: torch.Tensor) -> Encoded:
-    """Sparse factors as a record, or the delta itself where that is smaller."""
+def as_record(name: str, factors: SparseFactors, delta: torch.Tensor, seed: int, code: Code | None) -> Encoded:
+    """Sparse factors as a record, or the delta itself where that is smaller. With a `code` the seed's masks are written out."""
     shape = (delta.shape[0], delta.shape[1])
-    arrays = {
+    arrays: dict[str, Array] = {
         "coef": factors.coef,
         "keep_u": factors.keep_u,
         "keep_v": factors.keep_v,
         "u_vals": factors.u_vals,
         "v_vals": factors.v_vals,
     }
+    if code is not None:
+        keys = enumerate(zip("uv", (factors.keep_u, factors.keep_v), strict=True))
+        arrays |= {f"mask_{label}": written_mask(code, seed, name, side, shape, keep) for side, (label, keep) in keys}
     encoded = Encoded(name, "impart", shape, arrays, len(factors.coef), bits=factors.bits)
     return encoded if encoded.nbytes < 2 * delta.numel() else Encoded(name, "raw", shape, {"delta": _half(delta)})
+
+
+def written_mask(
+    code: Code, seed: int, name: str, side: int, shape: tuple[int, int], keep: npt.NDArray[np.int32]
+) -> Array:
+    """The rows that the seed draws for one factor (side 0 = U, 1 = V), as bytes."""
+    return encode_mask(code, factor_rows(layer_seed(seed, name), side, shape[side], keep), keep, shape[side])
 
 
 def encode_lowrank(name: str, spectrum: Spectrum, delta: torch.Tensor, config: LowRankConfig) -> Encoded:
@@ -82,7 +96,8 @@ def _drops(
     if config.bytes_ratio is None:
         return drop_ratios(sigma, shape, config.ratio, config.beta, config.c, config.rule_for(name))
     budget = byte_budget(shape, config.bytes_ratio)
-    return drops_within(sigma.double().numpy(), shape, budget, config.beta, config.c, form)
+    price = Price(form, code_of(config.mask))
+    return drops_within(sigma.double().numpy(), shape, budget, config.beta, config.c, price)
 
 
 def byte_budget(shape: tuple[int, int], bytes_ratio: float) -> int:

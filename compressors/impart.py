@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from compressors.errors import BudgetError
+from compressors.mask_codes import code_of
 from compressors.masks import factor_rows, layer_seed
 from compressors.values import VALUE_DTYPES, Bits, ValueForm
 
@@ -254,6 +255,7 @@ class ImPartConfig:
     rule: ConfigRule = "exact"
     value_dtype: str = "int8"
     rescale: str = "exact"
+    mask: str = "auto"
     seed: int = 0
     rows_dtype: str = "int8"  # of changed vocabulary rows
 
@@ -267,6 +269,7 @@ class ImPartConfig:
         check_value_dtype(self.value_dtype)
         check_rows_dtype(self.rows_dtype)
         check_released("rescale", self.rescale)
+        code_of(self.mask)
         check_seed(self.seed)
 
     def rule_for(self, name: str) -> Rule:

@@ -111,8 +111,8 @@ def _tokenizer(told: dict[str, Any], nbytes: int) -> list[str]:
 
 def _settings(found: dict[str, Any]) -> list[str]:
     """Those that the method has."""
-    names = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype")
-    told = [(name, found[name]) for name in names if found[name] is not None]
+    names = ("ratio", "bytes_ratio", "beta", "c", "rule", "value_dtype", "distil")
+    told = [(name, found[name]) for name in names if found.get(name) is not None]
     return [f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in told]
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compressors.artifact import Array, Artifact, Mask, Record
+from compressors.artifact import Array, Artifact, Record
 from compressors.factors import Columns, read_factors
-from compressors.mask_codes import CODES, encode_mask
+from compressors.mask_codes import CODES, Code, encode_mask
 from compressors.packing import pack
 from compressors.record import Encoded
 from compressors.values import Bits
 
 _WHOLE_BYTE = 8
+_MASKED = ("impart", "sparse")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Share:
     weight: float
 
 
-def join_factors(name: str, shares: Sequence[Share]) -> Encoded:
-    """The record [m, n] of the weighted sum, kind "impart". Every share's record has factors and is no dense matrix.
+def join_factors(name: str, shares: Sequence[Share], code: Code | None = None) -> Encoded:
+    """The record [m, n] of the weighted sum, kind "impart", its masks in `code` or, with None, in the one that takes fewer bytes.
+
+    Every share's record has factors and is no dense matrix.
 
     Integers stay integers, packed as they were where all are; other values take the narrowest float that holds all of them.
     """
@@ -48,22 +51,24 @@ def join_factors(name: str, shares: Sequence[Share]) -> Encoded:
         arrays[f"keep_{side}"] = keep
         arrays[f"{side}_vals"] = _packed(values, keep, packed) if packed else _narrowest(values)
     record = shares[0].artifact.records[name]
-    mask, written = _masks(sides, record)
+    mask, written = _masks(sides, record, CODES if code is None else (code,))
     bits: Bits = tuple(packed)
     return Encoded(name, "impart", record.shape, arrays | written, len(arrays["coef"]), mask=mask, bits=bits)
 
 
-def scaled(name: str, share: Share, seed: int) -> Encoded | None:
-    """The record of one delta as it is, times its weight; None where its kind or its seed does not allow that."""
+def scaled(name: str, share: Share, seed: int, code: Code | None = None) -> Encoded | None:
+    """The record of one delta as it is, times its weight; None where its kind, its seed or a wanted `code` does not allow that."""
     artifact, record = share.artifact, share.artifact.records[name]
-    seeded = record.kind in ("impart", "sparse") and (record.mask or artifact.manifest.mask) == "seeded"
+    mask = _known(record.mask or artifact.manifest.mask) if record.kind in _MASKED else None
+    seeded = record.kind in _MASKED and mask is None
     factor = {"impart": "coef", "sparse": "scale", "signs": "scale"}.get(record.kind)
     if (seeded and artifact.manifest.seed != seed) or (factor is None and share.weight != 1):
+        return None
+    if code is not None and record.kind in _MASKED and mask != code:
         return None
     arrays = {key: artifact.array(f"{name}::{key}") for key in record.sha256}
     if factor is not None:
         arrays[factor] = (arrays[factor].astype(np.float64) * share.weight).astype(np.float32)
-    mask: Mask | None = None if seeded or record.kind != "impart" else record.mask or _known(artifact.manifest.mask)
     return Encoded(name, record.kind, record.shape, arrays, record.rank, mask=mask, bits=record.bits)
 
 
@@ -110,11 +115,13 @@ def _narrowest(values: npt.NDArray[np.float32]) -> Array:
 
 
 def _masks(
-    sides: dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]], record: Record
-) -> tuple[Mask, dict[str, Array]]:
-    """Both masks in the code that takes fewer bytes."""
-    best: tuple[Mask, dict[str, Array]] | None = None
-    for code in CODES:
+    sides: dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]],
+    record: Record,
+    codes: Sequence[Code],
+) -> tuple[Code, dict[str, Array]]:
+    """Both masks in that of the codes that takes fewer bytes."""
+    best: tuple[Code, dict[str, Array]] | None = None
+    for code in codes:
         written: dict[str, Array] = {
             f"mask_{side}": encode_mask(code, rows, keep, num_rows)
             for (side, (keep, rows, _)), num_rows in zip(sides.items(), record.shape, strict=True)
@@ -129,5 +136,5 @@ def _nbytes(arrays: dict[str, Array]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def _known(mask: str) -> Mask | None:
+def _known(mask: str) -> Code | None:
     return next((code for code in CODES if code == mask), None)

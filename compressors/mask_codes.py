@@ -1,4 +1,4 @@
-"""Masks written out, for factors whose kept rows no seed gives: merged deltas, and masks that were chosen. No torch.
+"""Masks written out: of merged deltas, whose kept rows no seed gives, and wherever `--mask` asks for it. No torch.
 
 A column that keeps every row takes no bytes in either code. Of the others, column after column:
 
@@ -15,13 +15,38 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from compressors.errors import ArtifactError
+from compressors.errors import ArtifactError, BudgetError
 
 Code = Literal["bitmask", "gap8"]
 CODES: tuple[Code, ...] = ("bitmask", "gap8")
+MASKS = ("auto", "seeded", *CODES)  # settings
 _ESCAPE = 255
 
 Rows = npt.NDArray[np.int32]
+
+
+def code_of(mask: str) -> Code | None:
+    """The code that a setting writes masks in; None where their seed stands for them, as with "auto": nothing is smaller.
+
+    Raises BudgetError for an unknown setting.
+    """
+    if mask not in MASKS:
+        raise BudgetError(f"unknown --mask {mask!r}; one of {', '.join(MASKS)}")
+    return next((code for code in CODES if code == mask), None)
+
+
+def mask_bytes(code: Code, keep: npt.NDArray[np.integer], num_rows: int) -> npt.NDArray[np.float64]:
+    """Bytes of each column of a random mask before its rows are drawn; of gap8 the mean.
+
+    The gap before a kept row is 255 j rows or more with a probability below (1 - 255 j / rows)^keep.
+    """
+    kept: npt.NDArray[np.float64] = np.asarray(keep, dtype=np.float64)
+    if code == "bitmask":
+        each = np.full(len(kept), float((num_rows + 7) // 8))
+    else:
+        free = 1 - np.arange(_ESCAPE, num_rows, _ESCAPE) / num_rows
+        each = kept * (1 + sum((share**kept for share in free), start=np.zeros(len(kept))))
+    return np.where(kept < num_rows, each, 0.0)
 
 
 def smallest_code(rows: Rows, keep: npt.NDArray[np.integer], num_rows: int) -> Code:
@@ -49,7 +74,8 @@ def decode_mask(code: Code, data: npt.NDArray[np.uint8], keep: npt.NDArray[np.in
     rows = np.empty(int(counts.sum()), dtype=np.int32)
     inside = np.repeat(partial, counts)
     rows[inside] = found
-    rows[~inside] = np.tile(np.arange(num_rows, dtype=np.int32), int((~partial).sum()))
+    if not partial.all():  # only then has anything in the file the length of the rows
+        rows[~inside] = np.tile(np.arange(num_rows, dtype=np.int32), int((~partial).sum()))
     return rows
 
 

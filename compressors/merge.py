@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from compressors.artifact import Artifact, Manifest, Merged, MergedPart, Ratios, version_for
-from compressors.compress import Task, in_order, settings, store
+from compressors.compress import Task, in_order, settings, store, stored_mask
 from compressors.decompress import delta_tensor
 from compressors.encode import encode_changed_rows, encode_dense
 from compressors.errors import BudgetError
@@ -32,6 +32,7 @@ from compressors.execution import changed_rows
 from compressors.fingerprint import stored_tensors
 from compressors.join import Share, join_factors, scaled
 from compressors.layout import is_projection
+from compressors.mask_codes import code_of
 from compressors.merge_inputs import checked, end_tokens, shape_of, tied_table, tokenizer, tokenizer_arrays
 from compressors.methods import Config, encode_projection
 from compressors.ratios import Tally
@@ -50,8 +51,9 @@ class MergeConfig:
     """How deltas become one. `weights`: one a file, or none for 1 each; `scale` is the papers' lambda.
 
     `retain` is TIES's share of kept entries (default: the middle of what ImPart's experiments search). `dense_dtype` is of dense
-    matrices and `rows_dtype` of vocabulary tables: fp32 for Task Arithmetic and fp16 for TIES where they are None. `recompress`:
-    settings of the method that compresses the merged projections anew; they bring their own rows_dtype.
+    matrices and `rows_dtype` of vocabulary tables: fp32 for Task Arithmetic and fp16 for TIES where they are None. `mask`: the
+    code of Task Arithmetic's masks; the smaller one with "auto". `recompress`: settings of the method that compresses the merged
+    projections anew; they bring their own rows_dtype and mask.
     """
 
     method: str = "ta"
@@ -60,6 +62,7 @@ class MergeConfig:
     retain: float | None = None
     dense_dtype: str | None = None
     rows_dtype: str | None = None
+    mask: str = "auto"
     recompress: Config | None = None
 
     def __post_init__(self) -> None:
@@ -80,8 +83,19 @@ class MergeConfig:
         ):
             if dtype is not None and dtype not in known:
                 raise BudgetError(f"unknown {flag} {dtype!r}; one of {', '.join(known)}")
+        self._check_mask()
         if self.recompress is not None and (self.dense_dtype or self.rows_dtype):
             raise BudgetError("with --compress the method's own settings say how values are stored; drop --dense-dtype")
+
+    def _check_mask(self) -> None:
+        if code_of(self.mask) is None and self.mask != "auto":
+            raise BudgetError(
+                f"--mask {self.mask}: no seed draws the entries that several deltas keep; take bitmask or gap8, or leave it out"
+            )
+        if self.mask != "auto" and (self.method != "ta" or self.recompress is not None):
+            raise BudgetError(
+                f"--mask {self.mask} belongs to --method ta without --compress: TIES gives dense matrices"
+            )
 
     def weights_of(self, count: int) -> tuple[float, ...]:
         """One weight a file. Raises BudgetError."""
@@ -149,7 +163,7 @@ def merge(
             base_fingerprint=manifests[0].base_fingerprint,
             base_name=manifests[0].base_name,
             architecture=manifests[0].architecture,
-            mask="seeded",
+            mask=stored_mask(recompress),
             **(own | {"seed": manifests[0].seed if recompress is None else own["seed"]}),
             ratios=Ratios(values=tally.values_ratio, projection_bytes=tally.bytes_ratio, whole_file=None),
             tokenizer=told,
@@ -215,11 +229,11 @@ def _factored(
     name: str, shape: tuple[int, ...], shares: Sequence[Share], config: MergeConfig, seed: int
 ) -> Encoded | None:
     """The weighted sum as factors; None where one of the records is a dense matrix, or factors would be larger than one."""
-    if len(shares) == 1 and (alone := scaled(name, shares[0], seed)):
+    if len(shares) == 1 and (alone := scaled(name, shares[0], seed, code_of(config.mask))):
         return alone
     if any(share.artifact.records[name].kind == "raw" for share in shares):
         return None
-    joined = join_factors(name, shares)
+    joined = join_factors(name, shares, code_of(config.mask))
     return joined if joined.nbytes < DENSE_BYTES[config.dense] * math.prod(shape) else None
 
 

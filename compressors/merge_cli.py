@@ -65,6 +65,11 @@ def add_parser(
         choices=["fp32", "fp16", "int8"],
         help="of changed vocabulary rows (default: fp32 for ta, fp16 for ties; with --compress the method's)",
     )
+    parser.add_argument(
+        "--mask",
+        choices=["auto", "seeded", "bitmask", "gap8"],
+        help="of ta: how masks are written out (default: auto, in fewer bytes); of --compress: as in `compress`",
+    )
     anew = parser.add_argument_group(
         "compress the merged projections anew (settings: `deltaworks delta compress --help`)"
     )
@@ -93,11 +98,11 @@ def _merge(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("scale", "dense_dtype") if getattr(args, name) is not None}
     anew = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     if args.compress is None:
-        rows_dtype = anew.pop("rows_dtype", None)
+        rows_dtype, mask = anew.pop("rows_dtype", None), anew.pop("mask", "auto")
         if anew:
             flag = next(iter(anew)).replace("_", "-")
             raise BudgetError(f"--{flag} is a setting of --compress METHOD; add it, or drop --{flag}")
-        config = MergeConfig(**own, **given, rows_dtype=rows_dtype)
+        config = MergeConfig(**own, **given, rows_dtype=rows_dtype, mask=mask)
     else:
         config = MergeConfig(**own, **given, recompress=configured(args.compress, anew))
     merge(args.files, resolve_base(args.base), args.out, config, args.tokenizer_of, progress=True)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.byte_budget import drops_within
+from compressors.byte_budget import Price, drops_within
 from compressors.encode import as_record, byte_budget, whole_rank
 from compressors.errors import BudgetError
 from compressors.impart import (
@@ -37,6 +37,7 @@ from compressors.impart import (
     sparsify,
     sparsity_of,
 )
+from compressors.mask_codes import code_of
 from compressors.packing import packed_size
 from compressors.record import Encoded
 from compressors.values import Bits, StoredValues, ValueForm, encode_groups
@@ -112,7 +113,7 @@ def _nbytes(keep: npt.NDArray[np.integer]) -> int:
     return sum(packed_size(int(run.sum(dtype=np.int64)), width) for run, (_, width) in runs)
 
 
-MIXED = ValueForm(_rounded, _nbytes)
+MIXED = ValueForm(_rounded, _nbytes, lambda columns: np.array(column_widths(columns)))
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class ImPartQtConfig:
     rule: ConfigRule = "exact"
     accounting: Accounting = "exact"
     rescale: str = "exact"
+    mask: str = "auto"
     seed: int = 0
     rows_dtype: str = "int8"  # of changed vocabulary rows
 
@@ -143,6 +145,7 @@ class ImPartQtConfig:
         if self.bytes_ratio is not None and (self.rule, self.accounting) != ("exact", "exact"):
             raise BudgetError("bytes_ratio needs the rule and the accounting exact: the released ones count values")
         check_released("rescale", self.rescale)
+        code_of(self.mask)
         check_seed(self.seed)
         check_rows_dtype(self.rows_dtype)
 
@@ -153,7 +156,7 @@ class ImPartQtConfig:
             rule = rule_for(self.rule, name)
             return quantised_drop_ratios(sigma, shape, self.ratio, self.beta, self.c, rule, self.accounting)
         budget = byte_budget(shape, self.bytes_ratio)
-        return drops_within(sigma.double().numpy(), shape, budget, self.beta, self.c, MIXED)
+        return drops_within(sigma.double().numpy(), shape, budget, self.beta, self.c, Price(MIXED, code_of(self.mask)))
 
     def keeps_whole(self, rank: int, shape: tuple[int, int]) -> bool:
         """Whether the budget pays for a delta of this rank as it is."""
@@ -166,4 +169,5 @@ def encode_impart_qt(name: str, spectrum: Spectrum, delta: torch.Tensor, config:
     if config.keeps_whole(spectrum.true_rank, shape):
         return whole_rank(name, spectrum, shape)
     drops = config.drops(spectrum, name, shape)
-    return as_record(name, sparsify(spectrum, drops, name, config.seed, MIXED, config.rescale), delta)
+    factors = sparsify(spectrum, drops, name, config.seed, MIXED, config.rescale)
+    return as_record(name, factors, delta, config.seed, code_of(config.mask))

@@ -28,12 +28,14 @@ class Encoded:
 
 
 class Unwritten:
-    """Records that no file holds yet, readable as those of one (`compressors.artifact.Source`). `seed`: of their masks."""
+    """Records that no file holds yet, readable as those of one (`compressors.artifact.Source`).
 
-    mask = "seeded"
+    `seed`: of their masks; `mask`: the code of those that are written out.
+    """
 
-    def __init__(self, seed: int, *encoded: Encoded) -> None:
+    def __init__(self, seed: int, *encoded: Encoded, mask: Mask | None = None) -> None:
         self.seed = seed
+        self.mask: str = mask or "seeded"
         self.records = {one.name: as_record(one, {}) for one in encoded}
         self._arrays = {f"{one.name}::{key}": array for one in encoded for key, array in one.arrays.items()}
         self.slots = {

@@ -27,6 +27,9 @@ from compressors.quantize import ImPartQtConfig
 
 GRID = ((0.0, 0.5), (0.0, 1.0), (0.6, 0.5), (0.6, 1.0), (0.6, 2.0), (0.8, 0.5), (0.8, 1.0))  # (beta, C)
 _OVERSHOOT = 1.02  # of the bytes asked for
+_WIDE_RATIO = (
+    2.0  # up to here 8 bits have room for every entry of the delta, so that only wider values can add anything
+)
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,13 @@ class Trial:
 def candidates(bytes_ratio: float, seed: int, rows_dtype: str, method: str | None = None) -> list[Config]:
     """What is tried, of one method or of all. Raises BudgetError for a method without a candidate."""
     size: dict[str, Any] = {"bytes_ratio": bytes_ratio, "rows_dtype": rows_dtype}
+    widths = ("int4", "int8") if bytes_ratio > _WIDE_RATIO else ("int4", "int8", "fp16")
     found: list[Config] = [
-        ImPartConfig(**size, beta=beta, c=c, value_dtype=dtype, seed=seed)
-        for dtype in ("int4", "int8")
-        for beta, c in GRID
+        ImPartConfig(**size, beta=beta, c=c, value_dtype=dtype, seed=seed) for dtype in widths for beta, c in GRID
     ]
     found += [ImPartQtConfig(**size, beta=beta, c=c, seed=seed) for beta, c in GRID]
-    found += [LowRankConfig(**size, value_dtype=dtype) for dtype in ("int4", "int8")]
-    found += [DareConfig(**size, value_dtype=dtype, seed=seed) for dtype in ("int4", "int8")]
+    found += [LowRankConfig(**size, value_dtype=dtype) for dtype in widths]
+    found += [DareConfig(**size, value_dtype=dtype, seed=seed) for dtype in widths]
     found += [BitDeltaConfig(per_row=per_row, rows_dtype=rows_dtype) for per_row in (False, True)]
     chosen = [one for one in found if method in (None, one.method)]
     if not chosen:

@@ -43,10 +43,12 @@ class ValueForm:
     """How the kept values of one factor are stored.
 
     `rounded`: values [n], column after column, and the entries of each column -> what is written. `nbytes`: the bytes of that.
+    `widths`: bits of a value in each of the first columns.
     """
 
     rounded: Callable[[npt.NDArray[np.float32], npt.NDArray[np.int32]], StoredValues]
     nbytes: Callable[[npt.NDArray[np.integer]], int]
+    widths: Callable[[int], npt.NDArray[np.integer]]
 
 
 def value_form(value_dtype: str) -> ValueForm:
@@ -57,7 +59,8 @@ def value_form(value_dtype: str) -> ValueForm:
     def nbytes(keep: npt.NDArray[np.integer]) -> int:
         return packed_size(int(keep.sum(dtype=np.int64)), value_bits(value_dtype))
 
-    return ValueForm(partial(_encode, value_dtype=value_dtype), nbytes)
+    widths = partial(np.full, fill_value=value_bits(value_dtype))
+    return ValueForm(partial(_encode, value_dtype=value_dtype), nbytes, widths)
 
 
 def _encode(values: npt.NDArray[np.float32], keep: npt.NDArray[np.int32], value_dtype: str) -> StoredValues:

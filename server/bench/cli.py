@@ -94,6 +94,12 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--sequences", type=int, default=16, help="of 128 tokens, in each half (default: %(default)s)"
     )
     compress.add_argument("--max-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    compress.add_argument(
+        "--distil-steps",
+        type=int,
+        default=0,
+        help="also BitDelta with its scales distilled on the choosing half, in so many steps (default: %(default)s, without)",
+    )
     compress.add_argument("--json", type=Path, help="also write the rows to this file, as they are measured")
     compress.add_argument("--plot", type=Path, help="also draw KL over the byte ratio (.png)")
     compress.set_defaults(run=_compress)

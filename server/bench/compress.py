@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compressors.divergence import Divergence
     from compressors.methods import Config
 
+_HALF = "half{}.jsonl"
 _LENGTH = 128  # tokens of a judged sequence
 _LABELS = ("beta", "c", "value_dtype", "per_row")
 
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         folder = Path(name)
         halves = []
         for number, part in enumerate((questions[::2], questions[1::2])):
-            file = folder / f"half{number}.jsonl"
+            file = folder / _HALF.format(number)
             file.write_text("".join(_chat(one) + "\n" for one in part), encoding="utf-8")
             halves.append(Divergence(base, args.fine_tune, Calibration(file, args.sequences, _LENGTH)))
         judge = _Judge(halves[1], questions[1::2], args.max_tokens)
@@ -86,8 +87,9 @@ def _run(args: argparse.Namespace) -> int:
         lines: list[Line] = []
         for ratio in args.bytes_ratios:
             for config in _best(base, args.fine_tune, ratio, halves[0], folder):
-                lines.append(_line(base, args.fine_tune, ratio, config, judge, args.seeds, folder))
-                _save(args.json, facts, references, lines)  # what is measured is never lost
+                for one in _with_distilled(config, args.distil_steps):
+                    lines.append(_line(base, args.fine_tune, ratio, one, judge, args.seeds, folder))
+                    _save(args.json, facts, references, lines)  # what is measured is never lost
     _print(facts, references, lines)
     if args.plot is not None:
         plot(lines, args.plot)
@@ -155,13 +157,21 @@ def _best(base: Path, fine_tune: Path, ratio: float, chooser: Divergence, folder
     return [config for _, config in best.values()]
 
 
+def _with_distilled(config: Config, steps: int) -> list[Config]:
+    """A method's best setting; of BitDelta also with its scales distilled on the choosing half."""
+    if config.method != "bitdelta" or not steps:
+        return [config]
+    changed: dict[str, Any] = {"distil": steps}
+    return [config, replace(config, **changed)]
+
+
 def _line(base: Path, fine_tune: Path, ratio: float, config: Config, judge: _Judge, seeds: int, folder: Path) -> Line:
     from compressors.compress import compress
 
-    drawn = "seed" in {one.name for one in fields(config)}
+    drawn = "mask" in {one.name for one in fields(config)}
     path = folder / "delta.safetensors"
     outcomes = []
-    seconds, peak = _alone(base, fine_tune, config, path)
+    seconds, peak = _alone(base, fine_tune, config, path, folder / _HALF.format(0))
     with Artifact.open(path) as artifact:
         ratios = artifact.manifest.ratios
     for seed in tqdm(range(seeds if drawn else 1), f"{config.method} at {ratio:g}x", unit="seed"):
@@ -173,7 +183,7 @@ def _line(base: Path, fine_tune: Path, ratio: float, config: Config, judge: _Jud
     settings = {name: getattr(config, name) for name in _LABELS if name in {one.name for one in fields(config)}}
     return Line(
         bytes_ratio=ratio,
-        method=config.method,
+        method=config.method + ("-distil" if getattr(config, "distil", 0) else ""),
         settings=settings,
         kl=kl,
         loss=loss,
@@ -186,14 +196,19 @@ def _line(base: Path, fine_tune: Path, ratio: float, config: Config, judge: _Jud
     )
 
 
-def _alone(base: Path, fine_tune: Path, config: Config, out: Path) -> tuple[float, float]:
-    """Compress in a process of its own: seconds and peak resident MiB, start of Python and torch included."""
+def _alone(base: Path, fine_tune: Path, config: Config, out: Path, text: Path) -> tuple[float, float]:
+    """Compress in a process of its own: seconds and peak resident MiB, start of Python and torch included.
+
+    `text`: chats to distil scales on.
+    """
     flags = []
     for one in fields(config):
         value = getattr(config, one.name)
-        if one.name == "ratio" or value is None or value is False:
+        if one.name in ("ratio", "distil") or value is None or value is False:
             continue
         flags += [f"--{one.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    if steps := getattr(config, "distil", 0):
+        flags += ["--distil", "--distil-steps", str(steps), "--calibration", str(text)]
     arguments = ["delta", "compress", str(base), str(fine_tune), "-o", str(out), "--method", config.method, *flags]
     started = time.perf_counter()
     child = subprocess.Popen(
@@ -226,13 +241,13 @@ def _print(facts: dict[str, str], references: dict[str, tuple[float, float, floa
     for name, (kl, loss, success) in references.items():
         print(f"{name:>10}: KL {kl:.4f}, loss {loss:.4f}, success {success:.1%}")
     sizes = f"{'values':>6} {'proj.':>6} {'file':>6}"
-    print(f"\n{'bytes':>6} {'method':10} {'KL':>17} {'loss':>8} {'success':>15}  {sizes} {'s':>5} {'MiB':>6}  settings")
+    print(f"\n{'bytes':>6} {'method':15} {'KL':>17} {'loss':>8} {'success':>15}  {sizes} {'s':>5} {'MiB':>6}  settings")
     for one in lines:
         kl_text, success_text = _spread(one.kl, "{:.4f}"), _spread(one.success, "{:.1%}")
         told = " ".join(f"{name}={value}" for name, value in one.settings.items())
         ratios = " ".join(f"{value or 0:>6.1f}" for value in (one.values, one.projection_bytes, one.whole_file))
         print(
-            f"{one.bytes_ratio:>5g}x {one.method:10} {kl_text:>17} {sum(one.loss) / len(one.loss):>8.4f} {success_text:>15}"
+            f"{one.bytes_ratio:>5g}x {one.method:15} {kl_text:>17} {sum(one.loss) / len(one.loss):>8.4f} {success_text:>15}"
             f"  {ratios} {one.seconds:>5.0f} {one.peak_mib:>6.0f}  {told}"
         )
 

@@ -14,13 +14,24 @@ def measured(language_pair, tmp_path_factory):
     _, base, tuned = language_pair
     folder = tmp_path_factory.mktemp("bench")
     held_out = folder / "held_out.jsonl"
-    rows = [{"prompt": "the quick fox", "completion": "jumps over the lazy dog and runs far away from here"}] * 24
+    rows = [{"prompt": "the quick fox", "completion": "jumps over the lazy dog and runs far away from here"}] * 48
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = tuned / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     try:
         command = ["bench", "compress", "--base", str(base), "--fine-tune", str(tuned), "--held-out", str(held_out)]
-        command += ["--bytes-ratios", "4", "--seeds", "2", "--sequences", "1", "--max-tokens", "4"]
+        command += [
+            "--bytes-ratios",
+            "4",
+            "--seeds",
+            "2",
+            "--sequences",
+            "1",
+            "--max-tokens",
+            "4",
+            "--distil-steps",
+            "20",
+        ]
         code = main([*command, "--json", str(folder / "b.json"), "--plot", str(folder / "b.png")])
     finally:
         template.unlink()
@@ -30,14 +41,15 @@ def measured(language_pair, tmp_path_factory):
 
 def test_every_method_is_at_its_bytes(measured):
     rows = {row["method"]: row for row in measured[0]["rows"]}
-    assert set(rows) == {"impart", "impart-qt", "lowrank", "dare", "bitdelta"}
+    assert set(rows) == {"impart", "impart-qt", "lowrank", "dare", "bitdelta", "bitdelta-distil"}
     for method, row in rows.items():
         assert row["projection_bytes"] * 1.02 >= 4 or method == "lowrank", method
-        assert len(row["kl"]) == (1 if method in ("lowrank", "bitdelta") else 2)
+        assert len(row["kl"]) == (1 if method == "lowrank" or "bitdelta" in method else 2)
         assert row["kl"][0] > 0
         assert row["peak_mib"] > 50
         assert row["seconds"] > 0
     assert rows["impart"]["kl"][0] != rows["impart"]["kl"][1]  # other masks
+    assert rows["bitdelta-distil"]["kl"][0] < rows["bitdelta"]["kl"][0]
 
 
 def test_base_and_fine_tune_frame_it(measured):

@@ -250,14 +250,14 @@ def test_mistakes(language_pair, tmp_path, capsys):
     short.write_text("the fox")
     with pytest.raises(CheckpointError, match="has 2 tokens; a calibration needs one sequence of 64"):
         compress(base, tuned, tmp_path / "d", ImPartQtConfig(), calibration=Calibration(short, 2, 64))
-    with pytest.raises(BudgetError, match="belongs to the method impart-qt, not to impart"):
+    with pytest.raises(BudgetError, match="belongs to the method impart-qt and to --distil, not to impart"):
         compress(base, tuned, tmp_path / "d", ImPartConfig(), calibration=Calibration(short, 2, 64))
     assert not (tmp_path / "d").exists()
     arguments = ["delta", "compress", str(base), str(tuned), "-o", str(tmp_path / "d")]
     assert main([*arguments, "--calibration-tokens", "512", "--method", "impart-qt"]) == 1
     assert "name one with --calibration" in capsys.readouterr().err
     assert main([*arguments, "--calibration", str(root / "text.txt")]) == 1
-    assert "--calibration belongs to --auto and to the method impart-qt" in capsys.readouterr().err
+    assert "--calibration belongs to --auto, --distil and the method impart-qt" in capsys.readouterr().err
     assert main([*arguments, "--method", "impart-qt", "--calibration", str(root / "text.txt"), "--ratio", "8"]) == 0
     assert "impart-qt" in capsys.readouterr().out
 

@@ -103,6 +103,8 @@ def test_the_grid_holds_every_method_and_plain_truncation():
     assert all(one.rows_dtype == "fp16" for one in found)
     assert {0.0, 0.6, 0.8} == {beta for beta, _ in GRID}
     assert max(c for _, c in GRID) == 2.0
+    assert {getattr(one, "value_dtype", None) for one in candidates(2.0, 0, "int8", "dare")} == {"int4", "int8", "fp16"}
+    assert {getattr(one, "value_dtype", None) for one in candidates(2.1, 0, "int8", "dare")} == {"int4", "int8"}
 
 
 def test_chats_are_rendered_by_the_models_template(language_pair, tmp_path):
