@@ -78,6 +78,16 @@ def add_parser(
         choices=["exact", "released"],
         help="exact meets the ratio for every shape; released is the authors' code (default: exact)",
     )
+    _add_settings(parser)
+    parser.add_argument(
+        "--rows-dtype", choices=["int8", "fp16"], help="of changed vocabulary rows, with every method (default: int8)"
+    )
+    parser.add_argument("--name", help="the base's name in the manifest, for people (default: the folder's)")
+    parser.set_defaults(run=reporting(_compress))
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Of calibration, masks and scales."""
     parser.add_argument(
         "--accounting",
         choices=["exact", "released"],
@@ -110,11 +120,6 @@ def add_parser(
         help="of bitdelta: tune the scales until the logits on --calibration are the fine-tune's",
     )
     parser.add_argument("--distil-steps", type=int, metavar="N", help="of 512 tokens each (default: 200)")
-    parser.add_argument(
-        "--rows-dtype", choices=["int8", "fp16"], help="of changed vocabulary rows, with every method (default: int8)"
-    )
-    parser.add_argument("--name", help="the base's name in the manifest, for people (default: the folder's)")
-    parser.set_defaults(run=reporting(_compress))
 
 
 def _compress(args: argparse.Namespace) -> int:
