@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from compressors.errors import BudgetError
@@ -33,13 +33,13 @@ def test_equals_the_authors_allocator(case):
     assert all(drop == 1 for drop in drops[len(expected) :])
 
 
-def loop_reference(sigma, sparsity, pruned, c):
-    """The boundary shift as a plain loop."""
+def loop_reference(sigma, sparsity, pruned, c, slack):
+    """The boundary shift as a plain loop; `slack` is what the mean may miss."""
     kept = max(1, int(len(sigma) * (1 - pruned)))
     gamma = (sparsity - pruned) / (1 - pruned)
     drops = [(1 - (s / sigma[0]) ** c) * gamma for s in sigma[:kept]]
     last = kept
-    while sum(drops[:last]) + (kept - last) < gamma * kept - 1e-12 and last > 1:
+    while sum(drops[:last]) + (kept - last) < gamma * kept - slack and last > 1:
         last -= 1
     return drops[:last] + [1.0] * (len(sigma) - last)
 
@@ -75,7 +75,9 @@ def test_closed_form_equals_the_loop(sigma, ratio, c):
     sigma = sorted(sigma, reverse=True)
     drops = drop_ratios(sigma, (len(sigma), 50), ratio, 0.6, c, "attention")
     sparsity = (1 + 1 - 1 / ratio) / 2
-    assert drops == pytest.approx(loop_reference(sigma, sparsity, 0.6, c), abs=1e-9)
+    expected = loop_reference(sigma, sparsity, 0.6, c, slack=1e-12)
+    assume(expected == loop_reference(sigma, sparsity, 0.6, c, slack=-1e-12))  # else rounding decides about a column
+    assert drops == pytest.approx(expected, abs=1e-9)
 
 
 def test_edges():
