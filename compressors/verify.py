@@ -18,7 +18,7 @@ import numpy as np
 from compressors.artifact import Array, Artifact, Manifest, Record
 from compressors.errors import ArtifactError, BaseMismatchError, UnknownMethodError
 from compressors.factors import read_rows, read_values, spread
-from compressors.layout import is_buffer, stored_name, vocabulary_tables
+from compressors.layout import is_buffer, is_embedding, stored_name, vocabulary_tables
 from compressors.packing import WIDTHS
 from compressors.tokenizer import array_key
 from compressors.tokenizer import check as check_tokenizer
