@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 IMPORTED := import server.serve, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, transformers.models.llama
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-fast check demo-deltas lock clean
+.PHONY: help venv demo test test-fast check demo-deltas lock promtool clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,11 @@ demo-deltas: venv  ## train, compress and check the demo deltas again (hours on 
 
 lock: venv  ## write deploy/lock/cpu.txt from what is installed
 	$(VENV)/bin/python deploy/lock/refresh.py > deploy/lock/cpu.txt.new && mv deploy/lock/cpu.txt.new deploy/lock/cpu.txt
+
+promtool: venv  ## fetch Prometheus' checker from Debian's package into .venv/bin; the tests of alerts and metrics use it
+	@test -x $(VENV)/bin/promtool || { set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; cd "$$tmp"; \
+	  apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; \
+	  dpkg-deb -x prometheus_*.deb .; install usr/bin/promtool $(CURDIR)/$(VENV)/bin/promtool; }
 
 clean:  ## remove the environment and caches of this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,14 @@ DeltaError
 
 
 class DeltaError(Exception):
-    """Root of what can be wrong with a delta, its base or its settings; the message names the tensor or field."""
+    """Root of what can be wrong with a delta, its base or its settings; the message names the tensor or field.
+
+    `fault`: what the file fails on, in a word for the metrics, where that is told.
+    """
+
+    def __init__(self, message: str, *, fault: str | None = None) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class ArtifactError(DeltaError):

@@ -141,10 +141,14 @@ def _check_shapes(records: Mapping[str, Record], base_shapes: Mapping[str, tuple
         else:
             fits = "#" in name or record.shape in (shape, shape[::-1])  # a Conv1D is stored transposed
         if not fits:
-            raise BaseMismatchError(f"{name} has shape {list(record.shape)}, but {list(shape)} in the base")
+            raise BaseMismatchError(
+                f"{name} has shape {list(record.shape)}, but {list(shape)} in the base", fault="shape"
+            )
     for stored, count in _part_values(records).items():
         if count != math.prod(base_shapes[stored]):
-            raise BaseMismatchError(f"the parts of {stored} do not add up to its shape {list(base_shapes[stored])}")
+            raise BaseMismatchError(
+                f"the parts of {stored} do not add up to its shape {list(base_shapes[stored])}", fault="shape"
+            )
     missing = set(base_shapes) - {stored_name(name) for name in records} - {"lm_head.weight"}
     missing = {name for name in missing if not is_buffer(name)}
     if missing:
@@ -209,7 +213,7 @@ def _arrays(record: Record, manifest_mask: str) -> tuple[str, ...]:
 
 def _check_record(artifact: Artifact, name: str, record: Record) -> None:
     if any(extent < 1 for extent in record.shape) or not record.shape:
-        raise ArtifactError(f"{name}: shape {list(record.shape)} has no elements")
+        raise ArtifactError(f"{name}: shape {list(record.shape)} has no elements", fault="shape")
     if record.tied_to is not None:
         _check_tie(artifact.records, name, record)
     keys = _arrays(record, artifact.manifest.mask)
@@ -218,7 +222,9 @@ def _check_record(artifact: Artifact, name: str, record: Record) -> None:
     for key in keys:
         array = artifact.array(f"{name}::{key}")
         if hashlib.sha256(array.tobytes()).hexdigest() != record.sha256.get(key):
-            raise ArtifactError(f"{name}: the bytes of {key} do not match their digest; the file is damaged")
+            raise ArtifactError(
+                f"{name}: the bytes of {key} do not match their digest; the file is damaged", fault="digest"
+            )
         _check_finite(f"{name}::{key}", artifact.slots[f"{name}::{key}"].dtype, array)
     check = _CHECKS.get(record.kind)
     if check is not None:
@@ -235,7 +241,7 @@ def _check_impart(artifact: Artifact, name: str, record: Record) -> None:
     rank = record.rank
     _expect_matrix(name, record)
     if rank < 1 or (record.mask in (None, "seeded") and rank > min(record.shape)):  # a merged delta's may be larger
-        raise ArtifactError(f"{name}: rank {rank} does not fit the shape {list(record.shape)}")
+        raise ArtifactError(f"{name}: rank {rank} does not fit the shape {list(record.shape)}", fault="shape")
     _expect(artifact, f"{name}::coef", (rank,), ("F32",))
     for side, (label, rows) in enumerate(zip("uv", record.shape, strict=True)):
         _expect(artifact, f"{name}::keep_{label}", (rank,), ("I32",))
@@ -296,7 +302,7 @@ def _check_raw(artifact: Artifact, name: str, record: Record) -> None:
 def _check_lowrank(artifact: Artifact, name: str, record: Record) -> None:
     _expect_matrix(name, record)
     if not 1 <= record.rank <= min(record.shape):
-        raise ArtifactError(f"{name}: rank {record.rank} does not fit the shape {list(record.shape)}")
+        raise ArtifactError(f"{name}: rank {record.rank} does not fit the shape {list(record.shape)}", fault="shape")
     _expect(artifact, f"{name}::a", (record.rank, record.shape[1]), _FLOAT_SLOTS)
     _expect(artifact, f"{name}::b", (record.shape[0], record.rank), _FLOAT_SLOTS)
 
@@ -329,7 +335,9 @@ _CHECKS: dict[str, Callable[[Artifact, str, Record], None]] = {
 
 def _expect_matrix(name: str, record: Record) -> None:
     if len(record.shape) != 2:
-        raise ArtifactError(f"{name}: a record of kind {record.kind} is a matrix, its shape is {list(record.shape)}")
+        raise ArtifactError(
+            f"{name}: a record of kind {record.kind} is a matrix, its shape is {list(record.shape)}", fault="shape"
+        )
 
 
 def _expect_bytes(artifact: Artifact, key: str) -> None:
@@ -342,7 +350,7 @@ def _expect_bytes(artifact: Artifact, key: str) -> None:
 def _expect(artifact: Artifact, key: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     slot = artifact.slots[key]
     if slot.shape != shape:
-        raise ArtifactError(f"{key} has shape {list(slot.shape)}, expected {list(shape)}")
+        raise ArtifactError(f"{key} has shape {list(slot.shape)}, expected {list(shape)}", fault="shape")
     if slot.dtype not in dtypes:
         raise ArtifactError(f"{key} has dtype {slot.dtype}, expected {' or '.join(dtypes)}")
 
@@ -352,7 +360,7 @@ def _check_finite(key: str, dtype: str, array: Array) -> None:
     if dtype in _EXPONENTS and array.size:
         unsigned, mask = _EXPONENTS[dtype]
         if ((array.view(unsigned) & unsigned(mask)) == mask).any():
-            raise ArtifactError(f"{key} holds NaN or infinite values")
+            raise ArtifactError(f"{key} holds NaN or infinite values", fault="nonfinite")
 
 
 def _file_sha256(path: Path) -> str:

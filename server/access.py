@@ -13,7 +13,8 @@ from server import gate_report
 from server.build import installed
 from server.decisions import Steered
 from server.errors import describe
-from server.telemetry import Exchange, Telemetry
+from server.telemetry import Exchange, Route, Telemetry
+from server.tracing import Ended, TraceContext, parse_traceparent
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,7 +23,10 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 # Probes and scrapes come every few seconds and say nothing that the metrics do not.
-_QUIET = ("/health", "/health/live", "/health/ready", "/ping", "/metrics")
+UNLOGGED = (
+    *("/health", "/health/live", "/health/ready", "/ping"),
+    *("/metrics", "/metrics/engine", "/metrics/compat"),
+)
 
 log = logging.getLogger("deltaworks.request")
 
@@ -38,7 +42,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(scope["headers"]))
+        exchange = Exchange(_request_id(scope["headers"]), trace=_trace(scope["headers"]))
         exchange.attach(scope)
         status = 0
 
@@ -61,14 +65,23 @@ class AccessMiddleware:
             self._finish(scope, exchange, exchange.failed_status or status or 499)
 
     def _finish(self, scope: MutableMapping[str, Any], exchange: Exchange, status: int) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        found = scope.get("route")
+        route = getattr(found, "path", "unmatched")
         seconds = time.perf_counter() - exchange.decisions.started
-        self._telemetry.record(route, status, seconds, exchange.stream, exchange.decisions)
-        if route in _QUIET and exchange.error is None:
+        operation = getattr(found, "name", "unmatched")
+        self._telemetry.record(Route(route, operation), exchange, status, seconds)
+        if route in UNLOGGED and exchange.error is None:
             return
-        made = exchange.decisions
+        made, trace = exchange.decisions, exchange.trace
+        span = None
+        if self._telemetry.tracing is not None:
+            ended = Ended(scope["method"], route, status, seconds, exchange.request_id, exchange.error_code)
+            span = self._telemetry.tracing.record(trace, ended, made)
+        place = span or trace
         fields = {
             "request_id": exchange.request_id,
+            "trace_id": place.trace_id if place else None,
+            "span_id": span.span_id if span else None,
             "method": scope["method"],
             "route": route,
             "status": status,
@@ -81,10 +94,13 @@ class AccessMiddleware:
             "cached_tokens": made.usage.cached_tokens,
             "completion_tokens": made.usage.completion_tokens,
             "finish_reasons": made.finish_reasons,
-            "queue_s": made.queue_s,
-            "delta_wait_s": made.delta_wait_s,
-            "ttft_s": made.ttft_s,
-            "total_s": round(seconds, 6),
+            "client_gone": status == 499,
+            "queue_s": _rounded(made.queue_s),
+            "swap": made.swap,
+            "swap_s": _rounded(made.delta_wait_s),
+            "ttft_s": _rounded(made.ttft_s),
+            "decode_s": _rounded(made.decode_s),
+            "total_s": _rounded(seconds),
         }
         if made.parts:
             fields["deltas"] = [asdict(part) for part in made.parts]
@@ -114,6 +130,10 @@ def _headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     return found + gate_report.headers(made.gated)
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
 def _steering(steered: Steered) -> dict[str, Any]:
     return {
         "mode": steered.mode,
@@ -129,6 +149,10 @@ def _steering(steered: Steered) -> dict[str, Any]:
         "conflict_score": steered.score,
         "overhead_s": round(steered.overhead_s, 6),
     }
+
+
+def _trace(headers: list[tuple[bytes, bytes]]) -> TraceContext | None:
+    return parse_traceparent(next((value for name, value in headers if name == b"traceparent"), b""))
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:

@@ -29,6 +29,8 @@ ROUTES: Table = (
     (PUBLIC, "POST", "/ping", health.live),
     (PUBLIC, "GET", "/version", health.version),
     (PUBLIC, "GET", "/metrics", health.metrics),
+    (PUBLIC, "GET", "/metrics/engine", health.engine_metrics),
+    (PUBLIC, "GET", "/metrics/compat", health.compat_metrics),
     (INFERENCE, "POST", "/v1/chat/completions", generation.chat),
     (INFERENCE, "POST", "/v1/completions", generation.completions),
     (INFERENCE, "POST", "/tokenize", tokens.tokenize),
@@ -78,6 +80,8 @@ def create_app(context: Context, keys: Keys, table: Table = ROUTES) -> FastAPI:
     app.router.routes.extend(_routes(table))
     for kind in (*errors.TABLE, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, errors.answer)
+    operations = {handler.__name__ for access, _, _, handler in ROUTES if access == ADMIN}
+    context.telemetry.http.expect(operations, errors.codes())
     app.add_middleware(AccessMiddleware, telemetry=context.telemetry)
     return app
 

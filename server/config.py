@@ -210,6 +210,15 @@ class GateSettings(Section):
     log_records: bool = True  # what decisions came from, as numbers, in the request log
 
 
+class TelemetrySettings(Section):
+    log_format: Literal["json", "text"] = "json"
+    max_delta_labels: int = Field(default=50, ge=1, le=1000)  # deltas with series of their own; the rest share "other"
+    otlp_endpoint: str | None = Field(
+        default=None, pattern="^https?://"
+    )  # OTLP over HTTP, with its path; None: no traces
+    trace_share: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)  # of requests that bring no traceparent
+
+
 class Settings(Section):
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
@@ -219,6 +228,7 @@ class Settings(Section):
     steering: SteeringSettings = SteeringSettings()
     tools: ToolsSettings = ToolsSettings()
     gate: GateSettings = GateSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     def to_toml(self) -> str:
         """The settings in force as TOML, keys masked; unset ones are left out."""

@@ -92,11 +92,21 @@ class CallDelta:
 
 
 @dataclass(frozen=True)
+class RowTimes:
+    """When the engine took a row into its queue and into its batch, and had its first token: seconds of `time.monotonic`."""
+
+    queued: float
+    scheduled: float
+    first_token: float
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """What one decoding step added to choice `index`: `text` and `token_ids` are the new part only.
 
     Where tool calls are read, they and the reasoning are apart from the text, which may lag behind the tokens.
     `prompt_logprobs` come with a choice's first event, from the prompt's second token on.
+    `times` come with a choice's first event, where the engine tells them.
     """
 
     index: int
@@ -109,6 +119,7 @@ class TokenEvent:
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    times: RowTimes | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.core import DeltaPart, GateMode, Usage
+from server.core import DeltaPart, GateMode, RowTimes, Sampling, Usage
 from server.engine.base import LayerReport
 from steering.toolgate import Decision
 
@@ -12,6 +12,11 @@ SteeringMode = Literal["profile", "features", "policy", "default", "score"]
 # rejected: the request's fault; failed: ours, or not reached; unavailable: ours, and the client takes a plain answer;
 # no_op: nothing to edit; unmet: the policy's condition.
 SteeringOutcome = Literal["rejected", "failed", "unavailable", "no_op", "scored", "unmet", "not_reached", "applied"]
+
+# How far a generation request is.
+Phase = Literal["queued", "loading_delta", "prefill", "decode"]
+# Where a request finds its delta: in execution form, packed in RAM, or on the disk only.
+Swap = Literal["hot", "warm", "cold"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,15 @@ class Gated:
 
 
 @dataclass
+class Pace:
+    """The tokens of one choice: when the first and the last came, seconds of `time.perf_counter`, and how many."""
+
+    first: float
+    last: float
+    tokens: int = 0
+
+
+@dataclass
 class Decisions:
     """Filled in by the request path as it goes.
 
@@ -113,6 +127,8 @@ class Decisions:
     """
 
     started: float = field(default_factory=time.perf_counter)
+    model: str = ""  # as the request names it
+    sampling: Sampling | None = None
     delta: str | None = None  # the registered name, "base" or "combined"; None until the model is resolved
     parts: tuple[DeltaPart, ...] = ()  # of a combination
     system_fingerprint: str | None = None
@@ -120,8 +136,13 @@ class Decisions:
     delta_version: str | None = None  # behind the @ of a name that goes on meaning this
     base_fingerprint: str | None = None
     template_sha256: str | None = None  # of the template that renders the request; None for a prompt of plain text
-    queue_s: float | None = None  # waited for its turn
+    phase: Phase = "queued"  # the last one that was reached
+    swap: Swap | None = None  # None of the base
+    queue_s: float | None = None  # waiting for its turn, and in the engine's queue
     delta_wait_s: float | None = None
+    steps: dict[str, tuple[float, float]] = field(default_factory=dict)  # when they began and ended, as `started`
+    row_times: RowTimes | None = None  # of the first row
+    pace: dict[int, Pace] = field(default_factory=dict)  # by choice
     ttft_s: float | None = None
     total_s: float | None = None
     prompt_tokens: int = 0
@@ -150,3 +171,18 @@ class Decisions:
     @property
     def usage(self) -> Usage:
         return Usage(self.prompt_tokens, self.completion_tokens, sum(self.cached_by_prompt.values()))
+
+    def took(self, step: str, began: float) -> None:
+        """A step that began then has ended now."""
+        self.steps[step] = (began, time.perf_counter())
+
+    @property
+    def kind(self) -> str:
+        return "delta" if self.delta_digest else "base"
+
+    @property
+    def decode_s(self) -> float | None:
+        """From the first token to the last, of all choices."""
+        if not self.pace:
+            return None
+        return max(pace.last for pace in self.pace.values()) - min(pace.first for pace in self.pace.values())

@@ -22,7 +22,7 @@ from server import steering as plans
 from server.artifacts import delta_pool, lifecycle, pool, registry, reserve, store
 from server.engine import base as engine
 from server.routes import body, upload
-from server.telemetry import Exchange
+from server.telemetry import KINDS, Exchange
 from steering import errors as steering_errors
 
 
@@ -122,6 +122,13 @@ _ROUTING = {
 }
 
 
+def codes() -> set[str]:
+    """Every code that an answer may carry; those of a kind, for every kind."""
+    kinds = (*KINDS, "edit", "combination")
+    told = [*TABLE.values(), *_ROUTING.values()]
+    return {mapping.code.format(kind=kind) for mapping in told for kind in kinds}
+
+
 def describe(error: Exception) -> Problem:
     """What to answer for any error; classes that are not in the table are our bugs: 500, and no word about them."""
     mapping = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _INTERNAL)
@@ -154,6 +161,7 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     exchange = Exchange.of(request.scope)
     exchange.error_code = problem.code
     exchange.error = error if problem.status >= 500 else None
+    exchange.gone_at = error.at if isinstance(error, body.ClientGone) else None
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 

@@ -30,6 +30,7 @@ from server.gate import Gate
 from server.gate_run import Gating
 from server.interleave import interleave
 from server.keys import ANYBODY, Caller
+from server.metrics.generation import GenerationMetrics
 from server.prompt import PromptRenderer
 from server.proof import EditNotApplied, Proof, together
 from server.steering import Plan, Planner, edited_positions
@@ -70,6 +71,7 @@ class Gateway:
         turns: Turns,
         restart: RestartSettings,
         engine_metrics: EngineMetrics,
+        metrics: GenerationMetrics,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -81,6 +83,7 @@ class Gateway:
         self._tools = tools
         self._gate = gate
         self._turns = turns
+        self._metrics = metrics
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
         self.supervisor = Supervisor(engine, restart, engine_metrics, self._forget_residents, self._restore_residents)
@@ -147,14 +150,17 @@ class Gateway:
     async def _generate(
         self, request: GenerationRequest, decisions: Decisions, caller: Caller
     ) -> AsyncGenerator[TokenEvent, None]:
+        decisions.model, decisions.sampling = request.model, request.sampling
         self._tools.check(request.tools)
-        with self._admission.permit(request.rows, caller) as permit:
+        with self._metrics.tracking(decisions), self._admission.permit(request.rows, caller) as permit:
+            asked = time.perf_counter()
             resolved = self._resolve(request, caller)
             self._prompts.check_tokens(request.sampling, resolved.delta)
             decisions.delta = resolved.name if resolved.delta else "base"
             decisions.parts = resolved.parts
             decisions.delta_digest = resolved.delta.digest if resolved.delta else None
             decisions.delta_version = resolved.version
+            decisions.took("resolve_delta", asked)
             self._note_identity(request, resolved.delta, decisions)
             asked = time.perf_counter()
             wanted = self._planner.plan(request, decisions)
@@ -170,8 +176,7 @@ class Gateway:
                 gating = Gating(self._gate, gated, request, resolved.delta, ask, decisions) if gated else None
                 async with aclosing(gating.answer() if gating else ask(request.tools)) as events:
                     async for event in events:
-                        if decisions.ttft_s is None:
-                            decisions.ttft_s = time.perf_counter() - decisions.started
+                        self._metrics.saw(event, decisions)
                         _count(event, request.sampling.n, decisions)
                         asking.flow.served(len(event.token_ids))
                         yield event
@@ -270,8 +275,11 @@ class Gateway:
         delta, wanted, decisions = asking.delta, asking.wanted, asking.decisions
         asked = time.perf_counter()
         if delta is not None:
+            decisions.phase, decisions.swap = "loading_delta", self._pool.look_up(delta)
             await self._pool.make_resident(delta)
-        decisions.delta_wait_s = time.perf_counter() - asked
+            self._pool.waited(decisions.swap, time.perf_counter() - asked)
+            decisions.took("load_delta", asked)
+        decisions.delta_wait_s, decisions.phase = time.perf_counter() - asked, "prefill"
         asking.plan = wanted
         if wanted.edit is not None:
             try:

@@ -42,11 +42,12 @@ from server.engine.base import EngineDelta, EngineError
 from server.gateway import Gateway
 from server.guard import guarded
 from server.keys import Keys
+from server.logs import LogFormat, log_to_stderr
 from server.own_tokenizers import OwnTokenizers, loader
 from server.prompt import HuggingFaceTokenizer, TokenizerError
 from server.routes.context import Context
-from server.telemetry import log_json
 from server.tool_template import ToolTemplateError
+from server.tracing import TracingError
 from server.wiring import Base, wire
 
 
@@ -62,8 +63,8 @@ def serve(model: str, settings: Settings) -> int:
             store.open()
             context, keys = _build(resolve_base(model), settings, store)
             app = _app(context, keys, listeners)
-            return asyncio.run(_run(app, context.gateway, listeners, settings.server))
-    except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError) as error:
+            return asyncio.run(_run(app, context.gateway, listeners, settings.server, settings.telemetry.log_format))
+    except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError, TracingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -165,8 +166,14 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-async def _run(app: App, gateway: Gateway, listeners: Sequence[socket.socket], settings: ServerSettings) -> int:
-    log_json()
+async def _run(
+    app: App,
+    gateway: Gateway,
+    listeners: Sequence[socket.socket],
+    settings: ServerSettings,
+    log_format: LogFormat = "json",
+) -> int:
+    log_to_stderr(log_format)
     config = uvicorn.Config(
         app,
         log_config=None,

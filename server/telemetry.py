@@ -1,33 +1,46 @@
-"""Metrics and the request log. Label values are from closed sets: a name that a client sends never makes a series."""
+"""One HTTP exchange as log line and metrics see it, and all metrics of the gateway in one registry."""
 
-import json
-import logging
-import sys
-import time
-from collections.abc import Callable, MutableMapping
+import platform
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Info,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from server.decisions import Decisions, Steered, SteeringMode, SteeringOutcome
-from server.gate_report import SCORE_EDGES, GateMetrics
+from server.decisions import Decisions
+from server.gate_report import GateMetrics
 from server.keys import ANYBODY, Caller
+from server.metrics.compat import CompatCollector
+from server.metrics.engine import EngineMetrics
+from server.metrics.generation import GenerationMetrics
+from server.metrics.http import CLIENT_GONE, HTTPMetrics
+from server.metrics.labels import DeltaLabels
+from server.metrics.residency import DeltaMetrics, ResidencyMetrics
+from server.metrics.steering import SteeringMetrics
+from server.metrics.uploads import UploadMetrics
+from server.tracing import TraceContext, Tracing
 
-MAX_DELTA_LABELS = 50
-LATENCY_EDGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
-LOAD_EDGES = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-OVERHEAD_EDGES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-FEATURE_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-REL_NORM_EDGES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 4)
 KINDS = ("delta", "profile", "sae", "policy")
+MAX_DELTA_LABELS = 50
 
 
 @dataclass
 class Exchange:
     """One HTTP request and its answer, as the log line and the metrics see it; filled in along the way.
 
-    `failed_status` is what went wrong after the status line was sent; `error` is set for our own faults only.
+    `failed_status` is what went wrong after the status line was sent; `error` is set for our own faults only. `gone_at`: when
+    the client was seen to have left, of `time.perf_counter`.
     """
 
     request_id: str
@@ -37,6 +50,8 @@ class Exchange:
     error_code: str | None = None
     error: Exception | None = None
     failed_status: int | None = None
+    gone_at: float | None = None
+    trace: TraceContext | None = None  # the client's
 
     def attach(self, scope: MutableMapping[str, Any]) -> None:
         scope.setdefault("state", {})["exchange"] = self
@@ -47,162 +62,38 @@ class Exchange:
         return exchange
 
 
-class ResidencyMetrics:
-    """What a pool counts; `kind` is what it holds."""
+@dataclass(frozen=True)
+class Route:
+    """What an exchange was about: the route's template, and its handler's name."""
 
-    def __init__(self, kind: str, registry: CollectorRegistry, sources: tuple[str, ...] = ()) -> None:
-        """`sources`: where loads of the kind may read from, where that is told."""
-        labels = ["source"] if sources else []
-        self._resident = Gauge(f"deltaworks_resident_{kind}s", f"{kind}s in the engine's memory.", registry=registry)
-        self._loads = Counter(
-            f"deltaworks_{kind}_loads", f"{kind}s made resident.", [*labels, "outcome"], registry=registry
-        )
-        self._load_seconds = Histogram(
-            f"deltaworks_{kind}_load_duration_seconds",
-            f"Time to make a {kind} resident, without the wait for room.",
-            labels,
-            buckets=LOAD_EDGES,
-            registry=registry,
-        )
-        self._evictions = Counter(
-            f"deltaworks_{kind}_evictions",
-            f"{kind}s dropped to make room.",
-            ["level"] if sources else [],
-            registry=registry,
-        )
-        self._told = bool(sources)
-        for source in sources or ("",):
-            for outcome in ("ok", "error"):
-                self._of(self._loads, source, outcome)
-            self._of(self._load_seconds, source)
-
-    def count_load(self, source: str, outcome: str) -> None:
-        self._of(self._loads, source, outcome).inc()
-
-    def time_load(self, source: str, seconds: float) -> None:
-        self._of(self._load_seconds, source).observe(seconds)
-
-    def count_eviction(self, level: str = "engine") -> None:
-        self._of(self._evictions, level).inc()
-
-    def show_resident(self, count: int, nbytes: int) -> None:
-        self._resident.set(count)
-
-    def _of(self, metric: Any, told: str, *labels: str) -> Any:
-        """The series of a metric; `told` is its first label where sources are told."""
-        labels = (told, *labels) if self._told else labels
-        return metric.labels(*labels) if labels else metric
-
-
-class DeltaMetrics(ResidencyMetrics):
-    """Deltas on two levels above the disk: in execution form ("engine"), and packed in RAM ("ram")."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__("delta", registry, sources=("disk", "ram"))
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"deltaworks_{name}", text, registry=registry)
-
-        self._resident_bytes = gauge("resident_delta_bytes", "Engine memory that resident deltas take.")
-        self._packed = gauge("packed_deltas", "Deltas whose files are kept in RAM.")
-        self._packed_bytes = gauge("packed_delta_bytes", "RAM that the files of deltas take.")
-        self.pinned = gauge("pinned_deltas", "Deltas that stay resident also without requests.")
-        self.read_seconds = Histogram(
-            "deltaworks_delta_read_duration_seconds",
-            "Time to read a delta's file into RAM.",
-            buckets=LOAD_EDGES,
-            registry=registry,
-        )
-        self.refused = Counter(
-            "deltaworks_delta_loads_refused",
-            "Requests for deltas whose load had failed a moment ago.",
-            registry=registry,
-        )
-        for level in ("engine", "ram"):
-            self._of(self._evictions, level)
-
-    def show_resident(self, count: int, nbytes: int) -> None:
-        super().show_resident(count, nbytes)
-        self._resident_bytes.set(nbytes)
-
-    def show_packed(self, count: int, nbytes: int) -> None:
-        self._packed.set(count)
-        self._packed_bytes.set(nbytes)
-
-
-class SteeringMetrics:
-    """Requests that asked for an edit or a conflict score. Profiles and features are never labels."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, text: str, edges: tuple[float, ...]) -> Histogram:
-            return Histogram(f"deltaworks_{name}", text, buckets=edges, registry=registry)
-
-        self.requests = Counter(
-            "deltaworks_steering_requests",
-            "Requests that asked to be steered or scored.",
-            ["mode", "outcome"],
-            registry=registry,
-        )
-        self.features = histogram("steering_feature_edits", "Latents that a request's edit works on.", FEATURE_EDGES)
-        self.overhead = histogram(
-            "steering_overhead_seconds", "Time that steering took of a request outside the engine.", OVERHEAD_EDGES
-        )
-        self.rows = Counter(
-            "deltaworks_steering_edited_rows", "Rows of activations edited, over all layers.", registry=registry
-        )
-        self.rel_norm = histogram(
-            "steering_rel_norm_ratio", "Norm of a layer's edit over the norm of what it edits.", REL_NORM_EDGES
-        )
-        self.score = histogram("conflict_score_ratio", "Scores of the conflict probe.", SCORE_EDGES)
-        for mode in get_args(SteeringMode):
-            for outcome in get_args(SteeringOutcome):
-                self.requests.labels(mode, outcome)
-
-    def record(self, steered: Steered) -> None:
-        self.requests.labels(steered.mode, steered.outcome).inc()
-        self.overhead.observe(steered.overhead_s)
-        if steered.features:
-            self.features.observe(steered.features)
-        self.rows.inc(steered.edited_rows)
-        for layer in steered.layers:
-            self.rel_norm.observe(layer.rel_norm)
-        if steered.score is not None:
-            self.score.observe(steered.score)
+    path: str
+    operation: str
 
 
 class Telemetry:
-    """The gateway's metrics in a registry of the caller's choice."""
+    """The gateway's metrics in a registry of the caller's choice, and beside it the pages for vLLM's names.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    `tracing`: where spans go to, None for nowhere; `engine_own`: what the engine keeps itself; `compat`: our numbers by those
+    names that routers read.
+    """
+
+    def __init__(self, registry: CollectorRegistry, max_delta_labels: int = MAX_DELTA_LABELS) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of every counter and histogram, which nobody reads
         self.registry = registry
-        self._delta_labels: set[str] = set()
-        self.requests = Counter(
-            "deltaworks_requests", "HTTP requests answered.", ["route", "code", "delta", "stream"], registry=registry
-        )
-        self.duration = Histogram(
-            "deltaworks_request_duration_seconds",
-            "Time from the request's arrival to the end of its answer.",
-            ["route"],
-            buckets=LATENCY_EDGES,
-            registry=registry,
-        )
-        self.ttft = Histogram(
-            "deltaworks_time_to_first_token_seconds",
-            "Time from the request's arrival to its first token.",
-            ["kind"],
-            buckets=LATENCY_EDGES,
-            registry=registry,
-        )
-        self.tokens = Counter("deltaworks_tokens", "Tokens read and generated.", ["kind", "delta"], registry=registry)
-        self.in_flight = Gauge("deltaworks_requests_in_flight", "Generation rows in flight.", registry=registry)
-        self.queued_tokens = Gauge(
-            "deltaworks_queued_tokens", "Prompt tokens waiting for their first output token.", registry=registry
-        )
-        self.deltas = DeltaMetrics(registry)
+        self.tracing: Tracing | None = None
+        self.engine_own = CollectorRegistry()
+        self.compat = CollectorRegistry()
+        self.labels = DeltaLabels(max_delta_labels)
+        self.http = HTTPMetrics(registry)
+        self.requests = self.http.requests
+        self.generation = GenerationMetrics(registry, self.labels)
+        self.engine = EngineMetrics(registry)
+        self.deltas = DeltaMetrics(registry, self.labels)
         self.combinations = ResidencyMetrics("combination", registry)
         self.edits = ResidencyMetrics("edit", registry)
-        self.stored_bytes = Gauge("deltaworks_stored_bytes", "Artifacts of all kinds on the disk.", registry=registry)
+        self.uploads = {kind: UploadMetrics(kind, registry) for kind in KINDS}
         self.steering = SteeringMetrics(registry)
+        self.gate = GateMetrics(registry)
         self.tool_calls = Counter(
             "deltaworks_tool_calls",
             "Tool calls of answers, calls that the gate kept back, and answers with something malformed that looks like one.",
@@ -211,80 +102,113 @@ class Telemetry:
         )
         for outcome in ("parsed", "malformed", "suppressed"):
             self.tool_calls.labels(outcome)
-        self.gate = GateMetrics(registry)
-        self.uploads = {
-            kind: Counter(f"deltaworks_{kind}_uploads", f"Uploads of a {kind}.", ["outcome"], registry=registry)
-            for kind in KINDS
-        }
-        for uploads in self.uploads.values():
-            for outcome in ("created", "identical", "rejected"):
-                uploads.labels(outcome)
-
-    def delta_label(self, delta: str | None) -> str:
-        """`delta` must be a registered name or one of the words that no delta may have; None is a request that resolved none."""
-        if delta is None:
-            return "none"
-        if delta not in self._delta_labels and len(self._delta_labels) >= MAX_DELTA_LABELS:
-            return "other"
-        self._delta_labels.add(delta)
-        return delta
+        self.labels.bind(self.http.requests)
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
 
     def forget_delta(self, name: str) -> None:
-        """Drop the series of a deleted delta, so that they do not go on being scraped."""
-        self._delta_labels.discard(name)
-        self.requests.remove_by_labels({"delta": name})
-        self.tokens.remove_by_labels({"delta": name})
+        """Drop the series of a deleted delta."""
+        self.labels.forget(name)
 
-    def record(self, route: str, code: int, seconds: float, stream: bool, decisions: Decisions) -> None:
-        """Count one answered HTTP request; `code` 499 stands for a client that went away."""
-        label = self.delta_label(decisions.delta)
-        self.requests.labels(route, str(code), label, str(stream).lower()).inc()
-        self.duration.labels(route).observe(seconds)
-        if decisions.ttft_s is not None:
-            self.ttft.labels("delta" if decisions.delta_digest else "base").observe(decisions.ttft_s)
-        if decisions.prompt_tokens:
-            self.tokens.labels("prompt", label).inc(decisions.prompt_tokens)
-            self.tokens.labels("generated", label).inc(decisions.completion_tokens)
-        if decisions.steered is not None:
-            self.steering.record(decisions.steered)
-        if decisions.tool_calls is not None:
-            self.tool_calls.labels("parsed").inc(decisions.tool_calls.parsed)
-            self.tool_calls.labels("malformed").inc(decisions.tool_calls.malformed)
-            self.tool_calls.labels("suppressed").inc(decisions.tool_calls.suppressed)
-        if decisions.gated is not None:
-            self.gate.record(decisions.gated)
+    def record(self, route: Route, exchange: Exchange, status: int, seconds: float) -> None:
+        """Count one answered HTTP request; `status` 499 stands for a client that went away."""
+        made, code = exchange.decisions, exchange.error_code
+        label = self.labels.of(made.delta)
+        self.http.requests.labels(route.path, str(status), label, str(exchange.stream).lower()).inc()
+        self.http.record(route.path, route.operation, status, seconds, code)
+        broken = None
+        if status == CLIENT_GONE:
+            gone_at = exchange.gone_at or made.started + seconds
+            self.http.count_gone(made.phase, made.started + seconds - gone_at)
+            broken = "cancelled"
+        elif status >= 400:
+            broken = "deadline" if code == "deadline_exceeded" else "error"
+        self.generation.record(made, broken)
+        if made.steered is not None:
+            self.steering.record(made.steered)
+        if made.tool_calls is not None:
+            self.tool_calls.labels("parsed").inc(made.tool_calls.parsed)
+            self.tool_calls.labels("malformed").inc(made.tool_calls.malformed)
+            self.tool_calls.labels("suppressed").inc(made.tool_calls.suppressed)
+        if made.gated is not None:
+            self.gate.record(made.gated)
 
-    def watch_store(self, nbytes: Callable[[], int]) -> None:
-        self.stored_bytes.set_function(nbytes)
+    def describe_build(self, version: str, git_sha: str, engine: str, engine_version: str) -> None:
+        facts = {"version": version, "git_sha": git_sha, "python": platform.python_version()}
+        info = Info("deltaworks_build", "The software that runs.", registry=self.registry)
+        info.info({**facts, "engine": engine, "engine_version": engine_version})
+
+    def watch_model(self, base: str, fingerprint: str, dtype: Callable[[], str]) -> None:
+        """`dtype` may be unknown, "", until the engine has started."""
+        labels = ["base_model", "base_fingerprint", "dtype"]
+        short = fingerprint.removeprefix("sha256:")[:12]
+        self.registry.register(
+            _Watched(
+                "deltaworks_model_info", "The base model.", labels, lambda: {(base, short, dtype() or "unknown"): 1}
+            )
+        )
+
+    def watch_state(self, states: Iterable[str], state: Callable[[], str]) -> None:
+        """`state` is one of `states`."""
+        known = tuple(states)
+        self.registry.register(
+            _Watched(
+                "deltaworks_up_state",
+                "1 for the state that the server is in, 0 for the others.",
+                ["state"],
+                lambda: {(name,): name == state() for name in known},
+            )
+        )
+
+    def watch_engine(self, own_metrics: Callable[[], Iterable[Metric]]) -> None:
+        self.engine_own.register(_Own(own_metrics))
+
+    def offer_compat(self, model: str, max_lora: int, names: Callable[[str], Iterable[str]]) -> None:
+        """`names`: those of a digest. `max_lora`: how many deltas fit into one batch."""
+        collector = CompatCollector(model, max_lora, names, self.engine, self.generation, self.http)
+        self.compat.register(collector)
+
+    def watch_store(self, nbytes: Callable[[], int], free_nbytes: Callable[[], float]) -> None:
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"deltaworks_{name}", text, registry=self.registry).set_function(value)
+
+        gauge("delta_disk_bytes", "Artifacts of all kinds in the store.", nbytes)
+        gauge("store_free_bytes", "What the store's disk has left; NaN of a store that is no local disk.", free_nbytes)
 
     def watch_admission(self, rows: Callable[[], int], queued_tokens: Callable[[], int]) -> None:
-        self.in_flight.set_function(rows)
-        self.queued_tokens.set_function(queued_tokens)
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"deltaworks_{name}", text, registry=self.registry).set_function(value)
+
+        gauge("rows_in_flight", "Rows that requests were admitted for: prompts times choices.", rows)
+        gauge("queue_tokens", "Tokens of prompts that wait for their first output token.", queued_tokens)
+        gauge(
+            "queue_depth",
+            "Requests that wait for admission or their delta, and rows that wait in the engine.",
+            self._depth,
+        )
+
+    def _depth(self) -> int:
+        return self.generation.in_phase("queued", "loading_delta") + self.engine.last.waiting
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line. Fields arrive as the record's `fields`; prompts and keys never do."""
+class _Watched(Collector):
+    """A gauge whose label sets and values are asked for at every scrape."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        created = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, object] = {
-            "ts": f"{created}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "msg": record.getMessage(),
-        }
-        line.update(getattr(record, "fields", {}))
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+    def __init__(
+        self, name: str, text: str, labels: list[str], values: Callable[[], dict[tuple[str, ...], float]]
+    ) -> None:
+        self._name, self._text, self._labels, self._values = name, text, labels, values
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in self._values().items():
+            family.add_metric(list(labels), value)
+        yield family
 
 
-def log_json(level: int = logging.INFO) -> None:
-    """Send the gateway's and uvicorn's log lines to standard error as JSON; called once, by the CLI."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    for name in ("deltaworks", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
+class _Own(Collector):
+    def __init__(self, own_metrics: Callable[[], Iterable[Metric]]) -> None:
+        self._own_metrics = own_metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._own_metrics()

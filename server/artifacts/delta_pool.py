@@ -18,8 +18,9 @@ from server.artifacts.packed import PackedDeltas
 from server.artifacts.pool import Pool, Resident
 from server.artifacts.registry import DELTA, KindError
 from server.core import GatewayError, InvalidRequest
+from server.decisions import Swap
 from server.engine.base import Engine, EngineDelta, EngineError, EngineLoadError
-from server.telemetry import DeltaMetrics
+from server.metrics.residency import DeltaMetrics, Reason
 
 log = logging.getLogger("deltaworks.pool")
 
@@ -55,6 +56,7 @@ class DeltaPool(Pool[EngineDelta]):
         self.combinations = combinations
         self.packed = PackedDeltas(max_packed_bytes, metrics)
         self._delta_metrics = metrics
+        metrics.show_limits(max_resident, max_bytes, max_packed_bytes)
         self._failed_load_s = failed_load_s
         self._failed: dict[str, tuple[float, str]] = {}  # digest -> (time of the next try, what went wrong)
         self._sizes: dict[str, int] = {}  # in execution form; true ones of deltas that were resident before
@@ -93,6 +95,24 @@ class DeltaPool(Pool[EngineDelta]):
 
     # Loads
 
+    def look_up(self, item: EngineDelta) -> Swap:
+        """Where a request finds its delta; of a combination, where it finds the part that is farthest away."""
+        order: tuple[Swap, ...] = ("hot", "warm", "cold")
+        found = max((self._tier(digest) for digest in self._digests(item)), key=order.index)
+        if not any(self.state(digest)[0] == "failed" for digest in self._digests(item)):
+            self._delta_metrics.lookups.labels("hit" if found == "hot" else "miss").inc()
+        return found
+
+    def _tier(self, digest: str) -> Swap:
+        state, _ = self.state(digest)
+        return "hot" if state == "resident" else "warm" if digest in self.packed.digests() else "cold"
+
+    def _digests(self, item: EngineDelta) -> list[str]:
+        return [part.delta.digest for part in item.parts] or [item.digest]
+
+    def waited(self, swap: Swap, seconds: float) -> None:
+        self._delta_metrics.swap_seconds.labels(swap).observe(seconds)
+
     async def make_resident(self, item: EngineDelta) -> None:
         """Raises NoCapacity, DeltaTooLarge, EngineLoadError, and InvalidRequest for more parts than there is ever room for."""
         if not item.parts:
@@ -123,7 +143,7 @@ class DeltaPool(Pool[EngineDelta]):
         until, reason = self._failed.get(item.digest, (0.0, ""))
         wait_s = until - time.monotonic()
         if wait_s > 0:
-            self._delta_metrics.refused.inc()
+            self._delta_metrics.lookups.labels("negative").inc()
             raise EngineLoadError(reason, retry_after_s=math.ceil(wait_s))
         self._failed.pop(item.digest, None)
 
@@ -236,13 +256,13 @@ class DeltaPool(Pool[EngineDelta]):
     # The admin plane
 
     async def release(self, kind: str, digests: Sequence[str], wait_s: float) -> None:
-        await self.drop(digests, wait_s)
+        await self.drop(digests, wait_s, "delete")
         for digest in digests:
             self._sizes.pop(digest, None)
 
-    async def drop(self, keys: Collection[str], wait_s: float) -> None:
-        await super().drop(keys, wait_s)
-        self.packed.drop(keys)
+    async def drop(self, keys: Collection[str], wait_s: float, reason: Reason = "unload") -> None:
+        await super().drop(keys, wait_s, reason)
+        self.packed.drop(keys, reason)
         for key in keys:
             self._failed.pop(key, None)
 

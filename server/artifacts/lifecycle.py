@@ -12,6 +12,7 @@ from server.artifacts.store import Incoming, Store
 from server.artifacts.versions import DeltaVersion, PolicyVersion, ProfileVersion, Ref, V
 from server.core import GatewayError
 from server.engine.base import EngineDelta
+from server.metrics.residency import Census
 from server.telemetry import Telemetry
 from server.wire import UploadFields
 
@@ -69,8 +70,11 @@ class Lifecycle(Generic[V]):
         self.count_upload("created" if created else "identical")
         return ref, created
 
-    def count_upload(self, outcome: str) -> None:
-        self._telemetry.uploads[self.kind].labels(outcome).inc()
+    def count_upload(self, outcome: str, reason: str = "none") -> None:
+        self._telemetry.uploads[self.kind].ended(outcome, reason)
+
+    def count_received(self, nbytes: int, seconds: float) -> None:
+        self._telemetry.uploads[self.kind].received(nbytes, seconds)
 
     def refs(self) -> list[Ref[V]]:
         return self._registry.refs()
@@ -144,6 +148,7 @@ class DeltaLifecycle(Lifecycle[DeltaVersion]):
         super().__init__(store, registry, pool, check, telemetry, drain_timeout_s)
         self._deltas = registry
         self._pool = pool
+        telemetry.deltas.watch(self._census)
 
     async def upload(self, fields: UploadFields, incoming: Incoming) -> tuple[Ref[DeltaVersion], bool]:
         ref, created = await super().upload(fields, incoming)
@@ -192,6 +197,24 @@ class DeltaLifecycle(Lifecycle[DeltaVersion]):
 
     def card(self, ref: Ref[DeltaVersion]) -> dict[str, Any]:
         return {**super().card(ref), "pinned": ref.pinned}
+
+    def _census(self) -> Census:
+        """What the metrics say of every name."""
+        refs, pool = self.refs(), self._pool
+        states = {"active": 0, "disabled": 0, "failed": 0}
+        levels = {
+            "engine": {one.item.digest for one in pool.residents() if one.nbytes is not None},
+            "ram": set(pool.packed.digests()),
+        }
+        for ref in refs:
+            state = "disabled" if ref.digest is None else pool.state(ref.digest)[0]
+            states[state if state in states else "active"] += 1
+        old = {one.digest for ref in refs for one in ref.versions} - {ref.digest for ref in refs}
+        return Census(
+            states,
+            sum(pool.leases(digest) > 0 for digest in old),
+            {ref.name: tuple(level for level, held in levels.items() if ref.digest in held) for ref in refs},
+        )
 
     def _active(self, ref: Ref[DeltaVersion]) -> EngineDelta:
         """Raises NameNotFound."""

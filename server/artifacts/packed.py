@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from server.engine.base import EngineDelta
-from server.telemetry import DeltaMetrics
+from server.metrics.residency import DeltaMetrics, Reason
 
 _CHUNK_BYTES = 8 << 20
 
@@ -81,11 +81,13 @@ class PackedDeltas:
             return delta.path
         return f"/proc/{os.getpid()}/fd/{copy.handle}"
 
-    def drop(self, digests: Collection[str]) -> None:
+    def drop(self, digests: Collection[str], reason: Reason = "unload") -> None:
         """Free copies; one that a load still reads goes when that is done."""
         for digest in digests:
             copy = self._copies.get(digest)
             if copy is not None:
+                if not copy.dropped:
+                    self._metrics.count_eviction(reason, "ram")
                 copy.dropped = True
                 if not copy.claims and copy.reading.done():
                     self._free(digest, copy)
@@ -130,7 +132,7 @@ class PackedDeltas:
         if excess > 0:
             return False
         for digest, copy in victims:
-            self._metrics.count_eviction("ram")
+            self._metrics.count_eviction("budget", "ram")
             self._free(digest, copy)
         return True
 

@@ -7,6 +7,7 @@ which they came, then give up: one that waits is not overtaken, so that a large 
 """
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -18,9 +19,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from server.artifacts.registry import KindError
 from server.core import GatewayError
 from server.engine.base import Engine, EngineEdit, EngineLoadError
-from server.telemetry import ResidencyMetrics
+from server.metrics.residency import Reason, ResidencyMetrics
 
 Item = TypeVar("Item")
+THRASH_S = 60.0  # a load so soon after an eviction is one that more room would have saved
 
 
 class NoCapacity(KindError):
@@ -85,6 +87,7 @@ class Pool(ABC, Generic[Item]):
         self._metrics = metrics
         self._residents: dict[str, Resident[Item]] = {}  # least recently leased first
         self._leaving: dict[str, Leaving] = {}
+        self._evicted: dict[str, float] = {}  # when, by key; oldest first
         self._waiting: deque[object] = deque()  # a ticket per request without room; the first one takes the next room
         self._leases: Counter[str] = Counter()  # includes requests that still wait for their item
         self._parked: Counter[str] = Counter()  # of those leases, the ones that take no room yet
@@ -160,10 +163,14 @@ class Pool(ABC, Generic[Item]):
         async with self.lease(item):
             pass
 
-    async def drop(self, keys: Collection[str], wait_s: float) -> None:
+    async def drop(self, keys: Collection[str], wait_s: float, reason: Reason = "unload") -> None:
         """Take items out of memory, after waiting for their leases to end. Raises ArtifactInUse, nothing dropped then."""
         await self._until_free(lambda: any(self.leases(key) for key in keys), wait_s, self.kind)
-        leaving = [self._leave(self._residents[key]) for key in keys if key in self._residents]
+        leaving = []
+        for key in keys:
+            if key in self._residents:
+                self._metrics.count_eviction(reason)
+                leaving.append(self._leave(self._residents[key]))
         leaving += [self._leaving[key].task for key in keys if key in self._leaving]
         await asyncio.gather(*leaving)
 
@@ -191,15 +198,17 @@ class Pool(ABC, Generic[Item]):
 
     async def make_resident(self, item: Item) -> None:
         """Call it while holding the item. Raises NoCapacity, and what measuring and loading raise."""
-        key = self.key(item)
+        key, started = self.key(item), False
         if key not in self._residents:
             self.refuse(item)
-            await self._place(item, await self.measure(item))
-        self._residents[key] = self._residents.pop(key)
-        await asyncio.shield(self._residents[key].loading)
+            started = await self._place(item, await self.measure(item))
+        resident = self._residents[key] = self._residents.pop(key)
+        if not started and not resident.loading.done():
+            self._metrics.coalesced.inc()
+        await asyncio.shield(resident.loading)
 
-    async def _place(self, item: Item, nbytes: int) -> None:
-        """Start the load as soon as there is room, unless somebody else does. Raises NoCapacity, and as `refuse`."""
+    async def _place(self, item: Item, nbytes: int) -> bool:
+        """Start the load as soon as there is room, unless somebody else does: False. Raises NoCapacity, and as `refuse`."""
         key, deadline = self.key(item), time.monotonic() + self._wait_s
         ticket = object()
         self._waiting.append(ticket)
@@ -209,11 +218,12 @@ class Pool(ABC, Generic[Item]):
                 if self._waiting[0] is ticket and key not in self._leaving:
                     if self._fits(nbytes):
                         self._residents[key] = self._start(item, nbytes)
-                        break
+                        return True
                     self._make_room(nbytes)
                 if not await self._change_before(deadline):
                     message = f"no room for the {self.kind}: all resident ones are in use"
                     raise NoCapacity(self.kind, message, retry_after_s=2)
+            return False
         finally:
             self._waiting.remove(ticket)
             self._notify()
@@ -226,6 +236,8 @@ class Pool(ABC, Generic[Item]):
                 raise ArtifactInUse(kind, message, param="name")
 
     def _start(self, item: Item, nbytes: int) -> Resident[Item]:
+        if time.monotonic() - self._evicted.pop(self.key(item), -math.inf) < THRASH_S:
+            self._metrics.thrash.inc()
         resident = Resident(item, asyncio.create_task(self._load(item)), nbytes)
         resident.loading.add_done_callback(lambda task: self._loaded(resident, task))
         return resident
@@ -238,7 +250,8 @@ class Pool(ABC, Generic[Item]):
 
     def _loaded(self, resident: Resident[Item], task: asyncio.Task[int]) -> None:
         if task.cancelled() or task.exception() is not None:
-            self._metrics.count_load(self.source(resident.item), "error")
+            outcome = "cancelled" if task.cancelled() else "error"
+            self._metrics.count_load(self.source(resident.item), outcome)
             key = self.key(resident.item)
             if self._residents.get(key) is resident:
                 del self._residents[key]
@@ -255,17 +268,25 @@ class Pool(ABC, Generic[Item]):
     def _make_room(self, nbytes: int) -> None:
         """Start dropping idle items, least recently leased first, where that and what leaves already is enough."""
         count, used = len(self._residents), sum(resident.reserved for resident in self._residents.values())
-        victims = []
+        victims: list[tuple[Resident[Item], Reason]] = []
         for key, resident in self._residents.items():
             if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):
                 break
             if resident.nbytes is not None and self.leases(key) == self._parked[key] and not self.pinned(key):
-                victims.append(resident)
+                victims.append((resident, "lru" if count >= self.max_resident else "budget"))
                 count, used = count - 1, used - resident.reserved
         if count < self.max_resident and (self.max_bytes is None or used + nbytes <= self.max_bytes):
-            for resident in victims:
-                self._metrics.count_eviction()
+            for resident, reason in victims:
+                self._metrics.count_eviction(reason)
+                self._note_evicted(self.key(resident.item))
                 self._leave(resident)
+
+    def _note_evicted(self, key: str) -> None:
+        now = time.monotonic()
+        self._evicted.pop(key, None)
+        self._evicted[key] = now
+        while now - self._evicted[oldest := next(iter(self._evicted))] >= THRASH_S:
+            del self._evicted[oldest]
 
     def _leave(self, resident: Resident[Item]) -> asyncio.Task[None]:
         key = self.key(resident.item)
@@ -345,7 +366,7 @@ class EditPool(Pool[PlannedEdit]):
 
     async def release(self, kind: str, digests: Sequence[str], wait_s: float) -> None:
         await self._until_free(lambda: any(self._in_use[digest] for digest in digests), wait_s, kind)
-        await self.drop(self._made_of(digests), 0)
+        await self.drop(self._made_of(digests), 0, "delete")
         if self._leaving:  # evicted a moment ago: its load may still read the file
             await asyncio.wait({leaving.task for leaving in self._leaving.values()})
 

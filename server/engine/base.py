@@ -1,8 +1,10 @@
 """The engine as the gateway sees it. One real engine exists (vllm.py); the tests use a fake."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from prometheus_client import Metric
 
 from server.core import Sampling, TokenEvent
 
@@ -103,6 +105,25 @@ class EditReport:
     applied: bool
 
 
+@dataclass(frozen=True)
+class EngineStep:
+    """One step of the engine, as it says itself. Deltas are digests, with their rows; the base's rows are all others.
+
+    `batch`: rows that got a token. `lookups` and `hits` are tokens of prompts that the prefix cache was asked for, and had;
+    these and `preemptions` are what the step added.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    batch: int = 0
+    kv_usage: float = 0.0
+    lookups: int = 0
+    hits: int = 0
+    preemptions: int = 0
+    running_deltas: Mapping[str, int] = field(default_factory=dict)
+    waiting_deltas: Mapping[str, int] = field(default_factory=dict)
+
+
 class Engine(Protocol):
     async def start(self) -> None:
         """Load the base model, also after a `stop`; returns when the first request can be answered. Raises EngineError."""
@@ -120,6 +141,19 @@ class Engine(Protocol):
     @property
     def dead(self) -> bool:
         """Whether the engine ended by itself; never blocks."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights; "" until start."""
+        ...
+
+    def watch(self, observe: Callable[[EngineStep], None]) -> None:
+        """Tell `observe` of every step. Call it before `start`."""
+        ...
+
+    def own_metrics(self) -> Iterable[Metric]:
+        """The engine's own metrics, by its own names."""
         ...
 
     def generate(

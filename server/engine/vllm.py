@@ -29,6 +29,7 @@ from server.engine.base import (
     EngineEdit,
     EngineError,
     EngineLoadError,
+    EngineStep,
     LayerReport,
 )
 from server.engine.decoding import DeltaDecoding
@@ -38,6 +39,7 @@ from server.engine.vocabulary import grown_vocabulary
 from server.engine.worker.positions import EditedRequest, Positions
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
     from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -62,6 +64,7 @@ class VLLMEngine:
         self._resident: set[str] = set()  # digests; vLLM would end over a row whose delta is not there
         self._edits: dict[str, _LoadedEdit] = {}
         self._max_model_len = 0
+        self._observe: Callable[[EngineStep], None] = lambda step: None
         self.kernel = ""
 
     async def start(self) -> None:
@@ -99,6 +102,20 @@ class VLLMEngine:
     def dead(self) -> bool:
         return self._llm is not None and bool(self._llm.errored)
 
+    @property
+    def dtype(self) -> str:
+        return "" if self._llm is None else str(self._llm.model_config.dtype).removeprefix("torch.")
+
+    def watch(self, observe: Callable[[EngineStep], None]) -> None:
+        self._observe = observe
+
+    def own_metrics(self) -> Iterable[Metric]:
+        if self._llm is None:
+            return ()
+        from server.engine.stats import own_metrics
+
+        return own_metrics()
+
     async def generate(
         self,
         request_id: str,
@@ -114,6 +131,8 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
+        from server.engine.stats import timed
+
         prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
@@ -121,6 +140,7 @@ class VLLMEngine:
             raise EngineDeadError("the engine has been restarted since the delta was loaded")
         lora = None if delta is None else self._lora_request(delta)
         llm = self._running()
+        begun: set[int] = set()
         try:
             params = sampling_params(sampling, delta)
             if edit is not None:
@@ -131,7 +151,7 @@ class VLLMEngine:
                     if sampling.structure is not None:
                         check_grammar(output, sampling.structure)
                     for event in _events(output, sampling):
-                        yield event
+                        yield timed(event, output.metrics, begun)
         except VLLMValidationError as error:
             raise sampling_error(error, sampling) from error
         except VLLMDeadError as error:
@@ -246,16 +266,23 @@ class VLLMEngine:
 
         try:
             check()
+            from server.engine.stats import stat_loggers
+
             ours = engine_arguments(self._base, self._settings)
             args = AsyncEngineArgs(**ours, **passed_on(self._settings.vllm, ours))
             config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            told: dict[str, Any] = {
+                "log_stats": False,
+                "log_requests": False,
+                "stat_loggers": stat_loggers(self._observe),
+            }
             if config.parallel_config.world_size > 1:  # vLLM's own flags ask for more workers, and vLLM starts them
-                self._llm = AsyncLLM(config, Executor.get_class(config), log_stats=False, log_requests=False)
+                self._llm = AsyncLLM(config, Executor.get_class(config), **told)
                 return
             # The worker lives in the engine's process on CPUs too: one import and one hop less. vLLM asks for a process
             # of the worker's own there, to give it OMP's variables; we give them to the engine's process, which is spawned.
             with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-                self._llm = AsyncLLM(config, UniProcExecutor, log_stats=False, log_requests=False)
+                self._llm = AsyncLLM(config, UniProcExecutor, **told)
             self._decoding.install(self._llm.output_processor)
         except (ValueError, RuntimeError, OSError, IncompatibleEngineError) as error:
             raise EngineError(f"vLLM cannot serve {self._base}: {error}") from error
@@ -296,6 +323,7 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         kv_bytes = min(available // 4, _MAX_CPU_KV_BYTES)
     return {
         "model": str(base),
+        "served_model_name": base.resolve().name,  # in vLLM's metrics, which are public: no path
         "dtype": dtype,
         "max_model_len": settings.max_model_len,
         "kv_cache_memory_bytes": kv_bytes,

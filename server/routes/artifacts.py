@@ -1,5 +1,6 @@
 """The admin plane: upload, list, get, move and delete artifacts of every kind; load, unload and pin deltas; what is in memory."""
 
+import time
 from typing import Any
 
 from fastapi import Request
@@ -7,7 +8,9 @@ from starlette.responses import JSONResponse, Response
 
 from compressors.errors import DeltaError
 from server.core import GatewayError
-from server.routes.body import check_length, read_body
+from server.errors import describe
+from server.metrics.uploads import reason_of
+from server.routes.body import ClientGone, check_length, read_body
 from server.routes.context import Artifacts, Ctx
 from server.routes.upload import receive
 from server.wire import AliasMove, parse
@@ -19,13 +22,18 @@ _FORM_OVERHEAD_BYTES = 64 << 10  # what multipart adds to the file at most
 async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONResponse:
     """201 with a new version, 200 when the name has that digest already."""
     max_bytes = context.limits.max_upload_bytes
+    started = time.perf_counter()
     try:
         check_length(request, max_bytes + _FORM_OVERHEAD_BYTES)
         with artifacts.incoming(max_bytes) as incoming:
             fields = await receive(request, incoming)
             ref, created = await artifacts.upload(fields, incoming)
-    except (GatewayError, DeltaError, SteeringError):
-        artifacts.count_upload("rejected")
+            artifacts.count_received(incoming.nbytes, time.perf_counter() - started)
+    except ClientGone:
+        artifacts.count_upload("aborted")
+        raise
+    except (GatewayError, DeltaError, SteeringError) as error:
+        artifacts.count_upload("rejected", reason_of(describe(error).code, getattr(error, "fault", None)))
         raise
     headers = {"location": f"{request.url.path}/{ref.name}", "etag": f'"{fields.sha256}"'}
     return JSONResponse(artifacts.card(ref), 201 if created else 200, headers)

@@ -1,6 +1,7 @@
 """Reading from a client that may send too much, or go away."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
@@ -14,7 +15,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class ClientGone(GatewayError):
-    """The client closed the connection; nobody reads the answer."""
+    """The client closed the connection; nobody reads the answer. `at`: when that was seen, of `time.perf_counter`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.at = time.perf_counter()
 
 
 class BodyTimeout(GatewayError):

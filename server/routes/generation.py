@@ -92,8 +92,9 @@ class EventStream(Response):
         async with aclosing(self._rest), aclosing(self._frames):
             try:
                 await until_gone(receive, self._send(send))
-            except ClientGone:
+            except ClientGone as error:
                 self._exchange.failed_status, self._exchange.error_code = 499, "client_gone"
+                self._exchange.gone_at = error.at
 
     async def _send(self, send: Send) -> None:
         async def write(frame: bytes) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import Request
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 
@@ -36,5 +37,20 @@ async def version(context: Ctx) -> dict[str, Any]:
 
 
 async def metrics(request: Request, context: Ctx) -> Response:
+    return _exposition(request, context.telemetry.registry)
+
+
+async def engine_metrics(request: Request, context: Ctx) -> Response:
+    """vLLM's own, by its own names; empty while it loads."""
+    return _exposition(request, context.telemetry.engine_own)
+
+
+async def compat_metrics(request: Request, context: Ctx) -> Response:
+    """Our numbers by the names of vLLM's that routers read."""
+    return _exposition(request, context.telemetry.compat)
+
+
+def _exposition(request: Request, registry: CollectorRegistry) -> Response:
+    """Prometheus' text, or OpenMetrics where the client asks for it."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context.telemetry.registry), headers={"content-type": content_type})
+    return Response(encode(registry), headers={"content-type": content_type})

@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressors.artifact import Artifact
 from compressors.base import default_base
 from compressors.decompress import delta_tensor
 from server.child import Child, child_server
+from tests.metrics_page import documented
 
 pytestmark = pytest.mark.engine
 
@@ -143,6 +146,54 @@ def test_r9_a_client_that_leaves_ends_its_row(server):
 
 def status(http, server):
     return http.get("/v1/admin/status", headers=server.admin_headers).json()
+
+
+def test_what_a_running_server_says_of_itself(server, client):
+    """O1 on the real engine, whose own numbers are among ours; the log's lines of requests."""
+    with ThreadPoolExecutor(len(MODELS)) as threads:
+        list(threads.map(lambda model: ask(client, model, "What is the capital of France?"), MODELS * 2))
+
+    def page(path):
+        families = {one.name: one for one in text_string_to_metric_families(httpx.get(f"{server.url}{path}").text)}
+        values = {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for family in families.values()
+            for sample in family.samples
+        }
+        return set(families), values
+
+    names, values = page("/metrics")
+    assert names == set(documented())
+    assert values["deltaworks_engine_up",] == 1
+    assert values["deltaworks_up_state", ("state", "ready")] == 1
+    assert next(key for key in values if key[0] == "deltaworks_model_info")[3] == ("dtype", "float32")
+    steps = values["deltaworks_batch_size_count",]
+    assert steps > values["deltaworks_batch_size_bucket", ("le", "1.0")] > 0
+    assert (
+        values["deltaworks_batch_distinct_deltas_count",]
+        > values["deltaworks_batch_distinct_deltas_bucket", ("le", "1.0")]
+    )
+    assert values["deltaworks_prefix_cache_lookups_total",] > 0
+    assert values["deltaworks_queue_duration_seconds_count",] > 0
+    assert 0 < values["deltaworks_prefill_duration_seconds_sum", ("kind", "delta")] < 600
+    while page("/metrics")[1][
+        "deltaworks_engine_rows", ("state", "running")
+    ]:  # the engine tells of a step when it is over
+        time.sleep(0.05)
+    names, values = page("/metrics/engine")
+    assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_hits"} <= names
+    assert all(name.startswith("vllm:") for name in names)
+    assert "vllm:lora_requests_info" not in names
+    assert {dict(key[1:])["model_name"] for key in values if key[0] == "vllm:prompt_tokens_total"} == {
+        default_base(progress=False).name
+    }
+    names, values = page("/metrics/compat")
+    assert "vllm:lora_requests_info" in names
+    assert values["vllm:num_requests_running", ("model_name", BASE)] == 0
+    told = [line for line in server.log.read_text().splitlines() if '"deltaworks.request"' in line]
+    line = json.loads([one for one in told if "/v1/chat/completions" in one][-1])
+    assert line["queue_s"] >= 0
+    assert line["ttft_s"] <= line["total_s"]
 
 
 def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from server.core import FinishReason, Sampling, TokenEvent, TokenLogprob, Window
+from prometheus_client import Metric
+
+from server.core import FinishReason, RowTimes, Sampling, TokenEvent, TokenLogprob, Window
 from server.engine.base import (
     EditReport,
     EngineDeadError,
@@ -14,6 +17,7 @@ from server.engine.base import (
     EngineEdit,
     EngineError,
     EngineLoadError,
+    EngineStep,
     LayerReport,
 )
 from server.steering import edited_positions
@@ -34,6 +38,7 @@ class FakeEngine:
     """Says who answers ("base", or the digest's start), then fixed words; stops, fails or blocks where it is told."""
 
     max_model_len = 64
+    dtype = "float32"
 
     def __init__(self) -> None:
         self.dead = False
@@ -80,6 +85,12 @@ class FakeEngine:
         self.dead = True
         self._death.set()
 
+    def watch(self, observe: Callable[[EngineStep], None]) -> None:
+        self.observe = observe
+
+    def own_metrics(self) -> list[Metric]:
+        return []
+
     async def generate(
         self,
         request_id: str,
@@ -122,7 +133,9 @@ class FakeEngine:
                     top = tuple(TokenLogprob(9, text, logprob) for text, logprob in said.top)
                     logprobs = (TokenLogprob(step, word, said.logprob, top),)
                     finish = reason if step + 1 == len(words) else None
-                    event = TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1)
+                    now = time.monotonic()
+                    times = RowTimes(now - 1, now - 0.75, now) if step == 0 else None
+                    event = TokenEvent(index, word, (step,), logprobs, finish, len(ids), 1, times=times)
                     if sampling.prompt_logprobs is not None and step == 0:
                         alternatives = top[: sampling.prompt_logprobs]
                         scored = (TokenLogprob(token, chr(token), -0.25, alternatives) for token in ids[1:])

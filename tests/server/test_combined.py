@@ -13,7 +13,7 @@ from server.artifacts.checks import delta_check
 from server.artifacts.combination import combination
 from server.core import InvalidRequest
 from server.engine.base import EngineDelta, WeightedDelta
-from tests.server.conftest import CHECKS, fake_verify
+from tests.server.fake_checks import CHECKS, fake_verify
 
 pytestmark = pytest.mark.anyio
 
@@ -173,7 +173,7 @@ async def test_combinations_make_room_for_each_other(client: httpx.AsyncClient, 
     assert house.engine.loads.count(RED) == 1
     series = house.context.telemetry.registry.collect()
     labels = {sample.labels["delta"] for family in series for sample in family.samples if "delta" in sample.labels}
-    assert labels == {"combined", "none"}
+    assert labels == {"combined", "none", "base", "other"}
 
 
 async def test_nobody_may_be_called_combined(upload: Any) -> None:

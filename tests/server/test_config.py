@@ -110,5 +110,5 @@ def test_printed_settings_load_again(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(Settings().to_toml())
     assert load_settings(file, {}, {}) == Settings()
-    sections = {"server", "store", "engine", "auth", "admission", "steering", "tools", "gate"}
+    sections = {"server", "store", "engine", "auth", "admission", "steering", "tools", "gate", "telemetry"}
     assert set(tomllib.loads(file.read_text())) == sections

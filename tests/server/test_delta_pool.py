@@ -177,9 +177,9 @@ async def test_the_second_load_reads_ram(make: Any, engine: Loader, delta: Any, 
     assert [path.startswith("/proc/") for path in engine.paths] == [True] * 3
     counts = [value(telemetry, "delta_loads_total", source=source, outcome="ok") for source in ("disk", "ram")]
     assert counts == [2, 1]
-    assert value(telemetry, "packed_delta_bytes") == 20
+    assert value(telemetry, "delta_resident_bytes", level="ram") == 20
     await pool.close()
-    assert value(telemetry, "packed_delta_bytes") == 0
+    assert value(telemetry, "delta_resident_bytes", level="ram") == 0
 
 
 async def test_a_waiting_request_reads_ahead(make: Any, engine: Loader, delta: Any) -> None:
@@ -211,7 +211,7 @@ async def test_failed_load_is_remembered_for_its_time_and_no_longer(
             async with pool.lease(delta("a")):
                 pass
     assert engine.loads == ["a"]
-    assert (pool.state("a")[0], value(telemetry, "delta_loads_refused_total")) == ("failed", 2)
+    assert (pool.state("a")[0], value(telemetry, "delta_lookups_total", result="negative")) == ("failed", 2)
     engine.error = None
     await asyncio.sleep(1.01)
     async with pool.lease(delta("a")):
@@ -242,7 +242,7 @@ async def test_a_pinned_delta_stays(make: Any, engine: Loader, delta: Any, telem
     for name in "abcd":
         await pool.load(delta(name))
     assert engine.unloads == ["a", "b", "c"]
-    assert value(telemetry, "pinned_deltas") == 1
+    assert value(telemetry, "delta_pinned") == 1
     pool.keep([])
     await pool.load(delta("e"))
     assert engine.unloads[-1] == "pin"

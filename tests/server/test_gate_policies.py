@@ -126,7 +126,11 @@ async def test_what_is_no_policy_at_all(bed: Bed) -> None:
         code = "body_too_large" if len(content) > 3_000_000 else "policy_invalid"
         assert response.json()["error"]["code"] == code
         assert leftovers(bed) == []
-        assert counted("deltaworks_policy_uploads_total", {"outcome": "rejected"}) == number
+        rejected = [
+            counted("deltaworks_policy_uploads_total", {"outcome": "rejected", "reason": reason})
+            for reason in ("format", "too_large")
+        ]
+        assert sum(rejected) == number
     bad = await bed.upload("gate", json.dumps(bed.document()).encode(), "policies", sha256="0" * 64)
     assert bad.json()["error"]["code"] == "digest_mismatch"
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.core import GateMode
-from server.telemetry import JsonFormatter
+from server.logs import JsonFormatter
 from steering.toolgate import Action, Reason
 from tests.server.fake_engine import Said
 from tests.server.gate_bed import CALL, EASY, HARD, STATIC, SURE, UNSURE, Bed

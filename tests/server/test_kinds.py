@@ -77,8 +77,12 @@ async def test_refused_upload_leaves_nothing(
         assert response.json()["error"]["code"] == expected
         assert leftovers(house) == []
     counter = house.context.telemetry.registry.get_sample_value
-    assert counter(f"deltaworks_{kind}_uploads_total", {"outcome": "rejected"}) == 5
-    assert counter("deltaworks_delta_uploads_total", {"outcome": "rejected"}) == 0
+    invalid = "base_mismatch" if code == "sae_mismatch" else "format"
+    for reason in (invalid, "digest", "invalid_name", "generation", "too_large"):
+        labels = {"outcome": "rejected", "reason": reason}
+        assert counter(f"deltaworks_{kind}_uploads_total", labels) == 1
+        assert counter("deltaworks_delta_uploads_total", labels) == 0
+    assert counter(f"deltaworks_{kind}_verify_failures_total", {"reason": invalid}) == 1
 
 
 @pytest.mark.parametrize(("plural", "kind"), KINDS)

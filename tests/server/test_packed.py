@@ -53,7 +53,10 @@ async def test_the_least_recently_claimed_goes_first(telemetry: Telemetry, delta
     for name in "abcad":
         assert (await content(tier, deltas[name]))[0]
     assert tier.digests() == ["c", "a", "d"]
-    assert telemetry.registry.get_sample_value("deltaworks_delta_evictions_total", {"level": "ram"}) == 1
+    assert (
+        telemetry.registry.get_sample_value("deltaworks_delta_evictions_total", {"level": "ram", "reason": "budget"})
+        == 1
+    )
     await tier.close()
 
 

@@ -81,9 +81,9 @@ async def test_the_least_recently_leased_goes_first(pool: DeltaPool, engine: Loa
         await pool.load(delta(name))
     assert engine.resident == {"a", "c"}
     assert engine.most == 2
-    assert value(telemetry, "delta_evictions_total", level="engine") == 1
-    assert value(telemetry, "resident_deltas") == 2
-    assert value(telemetry, "resident_delta_bytes") == 20
+    assert value(telemetry, "delta_evictions_total", level="engine", reason="lru") == 1
+    assert value(telemetry, "delta_slots_used", level="engine") == 2
+    assert value(telemetry, "delta_resident_bytes", level="engine") == 20
 
 
 async def test_a_leased_delta_is_never_evicted(pool: DeltaPool, engine: Loader) -> None:

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.decisions import SteeringMode, SteeringOutcome
 from server.engine.base import EngineLoadError
-from server.telemetry import JsonFormatter
+from server.logs import JsonFormatter
 
 pytestmark = pytest.mark.anyio
 
@@ -74,10 +74,10 @@ async def test_modes_outcomes_and_sizes_are_counted(client: httpx.AsyncClient, h
     assert found[("deltaworks_steering_rel_norm_ratio_count",)] == 2 + 2 + 1
     assert found[("deltaworks_conflict_score_ratio_count",)] == 3
     assert found[("deltaworks_conflict_score_ratio_sum",)] == 1.5
-    assert found[("deltaworks_resident_edits",)] == 1
+    assert found[("deltaworks_edit_slots_used",)] == 1
     assert found[("deltaworks_edit_loads_total", "ok")] >= 4
     assert found[("deltaworks_edit_loads_total", "error")] == 1
-    assert found[("deltaworks_edit_evictions_total",)] >= 2
+    assert found[("deltaworks_edit_evictions_total", "lru")] >= 2
     assert found[("deltaworks_edit_load_duration_seconds_count",)] == found[("deltaworks_edit_loads_total", "ok")]
 
 

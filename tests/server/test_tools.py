@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.core import Structure
 from server.engine.base import GrammarError
 from server.engine.sampling import check_grammar
-from server.telemetry import JsonFormatter
+from server.logs import JsonFormatter
 
 pytestmark = pytest.mark.anyio
 

@@ -139,8 +139,32 @@ TOUCHED: tuple[Touched, ...] = (
     Touched("vllm.v1.request", "Request.__init__", ("sampling_params", "prompt_token_ids")),
     # How the engine is started: the worker in the engine's process.
     Touched(
-        "vllm.v1.engine.async_llm", "AsyncLLM.__init__", ("vllm_config", "executor_class", "log_stats", "log_requests")
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.__init__",
+        ("vllm_config", "executor_class", "log_stats", "log_requests", "stat_loggers"),
     ),
+    # What the engine says of its steps and rows.
+    Touched(
+        "vllm.v1.metrics.loggers",
+        "StatLoggerBase.record",
+        ("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+    ),
+    Touched("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", ("vllm_config", "engine_indexes")),
+    Touched(
+        "vllm.v1.metrics.stats",
+        "SchedulerStats",
+        (
+            "num_running_reqs",
+            "num_waiting_reqs",
+            "num_skipped_waiting_reqs",
+            "kv_cache_usage",
+            "prefix_cache_stats",
+            "running_lora_adapters",
+            "waiting_lora_adapters",
+        ),
+    ),
+    Touched("vllm.v1.metrics.stats", "PrefixCacheStats", ("queries", "hits")),
+    Touched("vllm.v1.metrics.stats", "RequestStateStats", ("queued_ts", "scheduled_ts", "first_token_ts")),
     Touched("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("usage_context",)),
     Touched("vllm.utils.ompmultiprocessing", "OMPProcessManager.configure_omp_envs", ("rank", "local_rank")),
     Touched("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
