@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,13 @@ class ChildError(Exception):
 
 @dataclass(frozen=True)
 class Child:
-    """A running `deltaworks serve`."""
+    """A running `deltaworks serve`, or another server that is compared with it."""
 
     url: str
     admin_headers: dict[str, str]
     process: subprocess.Popen[bytes]
     log: Path
+    ready_path: str = "/health/ready"
 
     def wait_ready(self, timeout_s: float, waiting: Callable[[float], None] = lambda seconds: None) -> None:
         """Return when the model answers; `waiting` is told the seconds so far. Raises ChildError."""
@@ -41,7 +42,7 @@ class Child:
                 raise ChildError(f"the server ended with status {self.process.returncode}:\n{self._log_end()}")
             waiting(seconds)
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                if httpx.get(f"{self.url}{self.ready_path}").status_code == 200:
                     return
             time.sleep(_POLL_S)
         raise ChildError(f"the server was not ready after {timeout_s:.0f} s:\n{self._log_end()}")
@@ -53,27 +54,35 @@ class Child:
 @contextlib.contextmanager
 def child_server(folder: Path, arguments: Sequence[str], port: int = 0) -> Iterator[Child]:
     """Start `deltaworks serve` with `arguments`, its store and log in `folder`; stop it at the end. Port 0: a free one."""
-    port = port or _free_port()
+    port = port or free_port()
     admin_key = secrets.token_urlsafe(16)
     environment = dict(os.environ, DELTAWORKS__AUTH__ADMIN_KEYS=admin_key, HF_HUB_OFFLINE="1")
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--store", str(folder / "store")]
     log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *arguments], env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
+    with child_process([*command, *arguments], environment, log) as process:
         yield Child(f"http://127.0.0.1:{port}", {"authorization": f"Bearer {admin_key}"}, process, log)
+
+
+@contextlib.contextmanager
+def child_process(
+    command: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` in a session of its own; SIGTERM at the end, and SIGKILL to all of the session that is left."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -23,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     steer.add_argument("--direction", default="use_context", help="(default: %(default)s)")
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
     steer.set_defaults(run=_steer)
+    _add_gateway(actions)
     _add_kernel(actions)
     _add_gate(actions)
     _add_compress(actions)
@@ -34,6 +35,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parsers.add_argument("--limit", type=int, help="cases of a category (default: all)")
     parsers.add_argument("--json", type=Path, help="also write the rows to this file")
     parsers.set_defaults(run=_parsers)
+
+
+def _add_gateway(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    gateway = _bench(actions, "gateway", "our server against vLLM's own, over HTTP on the same engine and load")
+    gateway.set_defaults(repeats=3)
+    gateway.add_argument("--prompt-tokens", type=int, default=64, help="of each request (default: %(default)s)")
+    gateway.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="closed loops (default: 1 8 32)")
+    gateway.add_argument(
+        "--requests", type=int, default=8, help="of a closed loop, two a client at least (default: %(default)s)"
+    )
+    gateway.add_argument("--rate", type=float, help="of the Poisson load (default: 0.7 of what a closed loop reaches)")
+    gateway.add_argument("--max-num-seqs", type=int, default=32, help="of each engine (default: %(default)s)")
+    gateway.add_argument(
+        "--zipf", action=argparse.BooleanOptionalAction, default=True, help="also 64 deltas over 8 places"
+    )
+    gateway.set_defaults(run=_gateway)
 
 
 def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -144,6 +161,12 @@ def _bench(
 
 def _serve(args: argparse.Namespace) -> int:
     from server.bench.serve import run
+
+    return run(args)
+
+
+def _gateway(args: argparse.Namespace) -> int:
+    from server.bench.gateway import run
 
     return run(args)
 

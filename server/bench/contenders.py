@@ -44,7 +44,7 @@ class Load:
         return len(self.adapters) * (self.max_tokens if self.max_tokens > 1 else self.prompt_tokens)
 
 
-def _prompt(row: int, seed: int, count: int) -> list[int]:
+def prompt_ids(row: int, seed: int, count: int) -> list[int]:
     """Rows never share a prefix, so the prefix cache does not enter the figures."""
     generator = np.random.default_rng((seed, row))
     tokens: list[int] = generator.integers(1000, 40_000, count).tolist()
@@ -73,7 +73,7 @@ class Ours:
     async def _row(self, row: int, delta: EngineDelta | None, load: Load) -> None:
         sampling = Sampling(max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True)
         stream = self.engine.generate(
-            f"{self._runs}-{row}", _prompt(row, self._runs, load.prompt_tokens), sampling, delta, None, load.edit
+            f"{self._runs}-{row}", prompt_ids(row, self._runs, load.prompt_tokens), sampling, delta, None, load.edit
         )
         async with aclosing(stream):
             async for _ in stream:
@@ -98,7 +98,7 @@ class Stock:
         sampling = SamplingParams(
             max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA
         )
-        prompt = TokensPrompt(prompt_token_ids=_prompt(row, self._runs, load.prompt_tokens))
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids(row, self._runs, load.prompt_tokens))
         stream = self._llm.generate(prompt, sampling, f"{self._runs}-{row}", lora_request=adapter)
         async with aclosing(stream):
             async for _ in stream:

@@ -1,0 +1,99 @@
+"""The servers that are compared over HTTP: our gateway and `vllm serve`, each in a child process, alike in every engine setting."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.child import Child, child_process, child_server, free_port
+from server.config import EngineSettings, Settings
+from server.engine.vllm import engine_arguments
+
+_START_TIMEOUT_S = 600
+_OURS = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that starts, or runs."""
+
+    child: Child
+
+    def wait_ready(self) -> None:
+        """Raises ChildError."""
+        self.child.wait_ready(_START_TIMEOUT_S)
+
+
+def engine_settings(args: argparse.Namespace, places: int) -> EngineSettings:
+    """The same engine for both."""
+    return EngineSettings(
+        dtype=args.dtype,
+        max_model_len=1024,
+        kv_cache_bytes=256 << 20,
+        max_num_seqs=args.max_num_seqs,
+        deltas_per_batch=places,
+        max_resident_deltas=places,
+        threads=args.threads,
+    )
+
+
+@contextmanager
+def gateway_server(base: Path, args: argparse.Namespace, folder: Path, name: str, places: int) -> Iterator[Served]:
+    config = folder / "gateway.toml"
+    config.write_text(Settings(engine=engine_settings(args, places)).to_toml(), encoding="utf-8")
+    with child_server(folder, [str(base), "--config", str(config), "--served-name", name]) as child:
+        yield Served(child)
+
+
+@contextmanager
+def vllm_server(base: Path, args: argparse.Namespace, folder: Path, name: str, places: int) -> Iterator[Served]:
+    settings = engine_settings(args, places)
+    port, log = free_port(), folder / "vllm.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, "--disable-log-stats"]
+    environment = dict(
+        os.environ,
+        VLLM_PLUGINS="",  # none of ours
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS=str(args.threads),
+    )
+    with child_process([*command, *engine_words(base, settings)], environment, log) as process:
+        yield Served(Child(f"http://127.0.0.1:{port}", {}, process, log, "/health"))
+
+
+def engine_words(base: Path, settings: EngineSettings) -> list[str]:
+    """Our engine's arguments as `vllm serve` takes them, less those of the delta plane."""
+    arguments = {k: v for k, v in engine_arguments(base, settings).items() if k not in (*_OURS, "model")}
+    return [word for name, value in arguments.items() for word in _words(f"--{name.replace('_', '-')}", value)]
+
+
+def _words(flag: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def cpu_seconds(session: int) -> float:
+    """User and system time of all processes of a session; those that have ended are counted by the parents that waited for them."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        if int(fields[3]) == session:
+            ticks += sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
+    return ticks / _TICKS
