@@ -13,7 +13,7 @@ from server import errors
 from server.access import AccessMiddleware, App, Receive, Send
 from server.auth import require_admin, require_inference
 from server.keys import Keys
-from server.routes import artifacts, generation, health, models, operation, tokens
+from server.routes import adapters, artifacts, generation, health, models, operation, tokens
 from server.routes.context import Context
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
@@ -45,26 +45,40 @@ ROUTES: Table = (
     (ADMIN, "GET", "/v1/admin/deltas/{name}", artifacts.get),
     (ADMIN, "DELETE", "/v1/admin/deltas/{name}", artifacts.delete),
     (ADMIN, "PUT", "/v1/admin/deltas/{name}/alias", artifacts.move_alias),
+    (ADMIN, "POST", "/v1/admin/deltas/{name}/verify", artifacts.verify),
+    (ADMIN, "GET", "/v1/admin/deltas/{name}/versions/{digest}", artifacts.get_version),
+    (ADMIN, "DELETE", "/v1/admin/deltas/{name}/versions/{digest}", artifacts.delete_version),
     (ADMIN, "POST", "/v1/admin/profiles", artifacts.upload),
     (ADMIN, "GET", "/v1/admin/profiles", artifacts.list_all),
     (ADMIN, "GET", "/v1/admin/profiles/{name}", artifacts.get),
     (ADMIN, "DELETE", "/v1/admin/profiles/{name}", artifacts.delete),
     (ADMIN, "PUT", "/v1/admin/profiles/{name}/alias", artifacts.move_alias),
+    (ADMIN, "POST", "/v1/admin/profiles/{name}/verify", artifacts.verify),
+    (ADMIN, "GET", "/v1/admin/profiles/{name}/versions/{digest}", artifacts.get_version),
+    (ADMIN, "DELETE", "/v1/admin/profiles/{name}/versions/{digest}", artifacts.delete_version),
     (ADMIN, "POST", "/v1/admin/saes", artifacts.upload),
     (ADMIN, "GET", "/v1/admin/saes", artifacts.list_all),
     (ADMIN, "GET", "/v1/admin/saes/{name}", artifacts.get),
     (ADMIN, "DELETE", "/v1/admin/saes/{name}", artifacts.delete),
     (ADMIN, "PUT", "/v1/admin/saes/{name}/alias", artifacts.move_alias),
+    (ADMIN, "POST", "/v1/admin/saes/{name}/verify", artifacts.verify),
+    (ADMIN, "GET", "/v1/admin/saes/{name}/versions/{digest}", artifacts.get_version),
+    (ADMIN, "DELETE", "/v1/admin/saes/{name}/versions/{digest}", artifacts.delete_version),
     (ADMIN, "POST", "/v1/admin/policies", artifacts.upload),
     (ADMIN, "GET", "/v1/admin/policies", artifacts.list_all),
     (ADMIN, "GET", "/v1/admin/policies/{name}", artifacts.get),
     (ADMIN, "DELETE", "/v1/admin/policies/{name}", artifacts.delete),
     (ADMIN, "PUT", "/v1/admin/policies/{name}/alias", artifacts.move_alias),
+    (ADMIN, "POST", "/v1/admin/policies/{name}/verify", artifacts.verify),
+    (ADMIN, "GET", "/v1/admin/policies/{name}/versions/{digest}", artifacts.get_version),
+    (ADMIN, "DELETE", "/v1/admin/policies/{name}/versions/{digest}", artifacts.delete_version),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/load", artifacts.load),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/unload", artifacts.unload),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/pin", artifacts.pin),
     (ADMIN, "POST", "/v1/admin/deltas/{name}/unpin", artifacts.unpin),
     (ADMIN, "GET", "/v1/admin/status", artifacts.status),
+    (ADMIN, "POST", "/v1/load_lora_adapter", adapters.load),
+    (ADMIN, "POST", "/v1/unload_lora_adapter", adapters.unload),
     (ADMIN, "POST", "/v1/admin/drain", operation.drain),
     (ADMIN, "POST", "/v1/admin/resume", operation.resume),
 )

@@ -23,7 +23,7 @@ SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ("--port", "server", "port", int, "port to listen on; 0 picks a free one"),
     ("--admin-port", "server", "admin_port", int, "port of the admin plane alone (default: on --port)"),
     ("--served-name", "server", "served_name", str, "id of the base in the API (default: the folder's name)"),
-    ("--store", "store", "path", Path, "folder of the artifact store"),
+    ("--store", "store", "path", str, "folder of the artifact store, or s3://BUCKET/PREFIX"),
     ("--api-key-file", "auth", "api_key_file", Path, "file of keys that may infer, one a line (default: open)"),
     ("--admin-key-file", "auth", "admin_key_file", Path, "file of keys that may administer (default: admin closed)"),
     (

@@ -76,8 +76,18 @@ class ServerSettings(Section):
 
 
 class StoreSettings(Section):
-    path: Path = Path("~/.local/share/deltaworks/store")
-    max_bytes: int | None = Field(default=None, ge=1024)  # of all artifacts on the disk; None: what the disk has
+    """`path` is a folder, or s3://BUCKET/PREFIX (extra s3; keys and region as AWS clients read them). Servers may share either."""
+
+    path: str = "~/.local/share/deltaworks/store"
+    max_bytes: int | None = Field(default=None, ge=1024)  # of all artifacts in the store; None: what it has room for
+    refresh_s: float = Field(
+        default=2.0, gt=0, le=60
+    )  # how often the names are read that other servers may have changed
+    endpoint_url: str | None = None  # of an S3-compatible server; None: AWS
+    cache_path: Path = Path("~/.cache/deltaworks/store")  # objects of a bucket as local files, a folder for each server
+    max_cache_bytes: int | None = Field(default=None, ge=1024)  # of those; None: all that a name refers to
+    lora_root: Path | None = None  # what POST /v1/load_lora_adapter may load lies in it; None: there is no such route
+    delta_dir: Path | None = None  # NAME.safetensors and PEFT folders NAME in it are published, again when they change
 
 
 class RestartSettings(Section):

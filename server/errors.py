@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from compressors import errors as delta_errors
 from server import admission, auth, core, deadline, gateway, prompt, proof, supervisor, wire
 from server import steering as plans
-from server.artifacts import delta_pool, lifecycle, pool, registry, reserve, store
+from server.artifacts import adapters, archive, backing, delta_pool, lifecycle, names, pool, registry, reserve, store
 from server.engine import base as engine
 from server.routes import body, upload
 from server.telemetry import KINDS, Exchange
@@ -53,7 +53,7 @@ _MAX_MESSAGE = 1000  # characters
 
 TABLE: dict[type[Exception], Mapping] = {
     core.GatewayError: Mapping(500, "server_error", "internal_error", "internal error"),
-    registry.KindError: Mapping(500, "server_error", "internal_error", "internal error"),
+    names.KindError: Mapping(500, "server_error", "internal_error", "internal error"),
     core.InvalidRequest: Mapping(400, REQUEST, "invalid_value"),
     wire.InvalidJson: Mapping(400, REQUEST, "invalid_json"),
     wire.MissingParameter: Mapping(400, REQUEST, "missing_parameter"),
@@ -61,23 +61,30 @@ TABLE: dict[type[Exception], Mapping] = {
     prompt.NoChatTemplate: Mapping(400, REQUEST, "no_chat_template"),
     gateway.ContextLengthExceeded: Mapping(400, REQUEST, "context_length_exceeded"),
     upload.InvalidMultipart: Mapping(400, REQUEST, "invalid_multipart"),
+    archive.InvalidArchive: Mapping(400, REQUEST, "archive_invalid"),
     lifecycle.DigestMismatch: Mapping(400, REQUEST, "digest_mismatch"),
-    registry.InvalidName: Mapping(400, REQUEST, "invalid_value"),
+    names.InvalidName: Mapping(400, REQUEST, "invalid_value"),
     auth.MissingKey: Mapping(401, "authentication_error", "missing_api_key"),
     auth.InvalidKey: Mapping(401, "authentication_error", "invalid_api_key"),
     auth.AdminDisabled: Mapping(403, "permission_error", "admin_disabled"),
     auth.InsufficientScope: Mapping(403, "permission_error", "insufficient_scope"),
+    adapters.PathForbidden: Mapping(403, "permission_error", "path_forbidden"),
+    adapters.AdapterNotFound: Mapping(404, "not_found_error", "lora_adapter_not_found"),
+    adapters.AdapterLoaded: Mapping(400, REQUEST, "lora_adapter_already_loaded"),
     registry.ModelNotFound: Mapping(404, "not_found_error", "model_not_found"),
-    registry.NameNotFound: Mapping(404, "not_found_error", "{kind}_not_found"),
+    names.NameNotFound: Mapping(404, "not_found_error", "{kind}_not_found"),
     body.BodyTimeout: Mapping(408, "timeout_error", "body_timeout"),
-    registry.GenerationMismatch: Mapping(409, CONFLICT, "{kind}_generation_mismatch"),
+    names.GenerationMismatch: Mapping(409, CONFLICT, "{kind}_generation_mismatch"),
+    names.ArtifactActive: Mapping(409, CONFLICT, "{kind}_in_use"),
     pool.ArtifactInUse: Mapping(409, CONFLICT, "{kind}_in_use"),
+    lifecycle.WrongBase: Mapping(400, REQUEST, "{kind}_base_mismatch"),
     lifecycle.ArtifactPinned: Mapping(409, CONFLICT, "{kind}_pinned"),
     delta_pool.PinLimit: Mapping(409, CONFLICT, "{kind}_pin_limit"),
-    plans.BaseMismatch: Mapping(409, CONFLICT, "{kind}_base_mismatch"),
+    names.BaseMismatch: Mapping(409, CONFLICT, "{kind}_base_mismatch"),
     proof.EditNotApplied: Mapping(409, CONFLICT, "edit_not_applied"),
+    upload.LengthRequired: Mapping(411, REQUEST, "length_required"),
     store.BodyTooLarge: Mapping(413, REQUEST, "body_too_large"),
-    registry.ArtifactBusy: Mapping(429, RATE, "{kind}_busy"),
+    names.ArtifactBusy: Mapping(429, RATE, "{kind}_busy"),
     admission.CallerOverloaded: Mapping(429, RATE, "tenant_concurrency_exceeded"),
     admission.RateLimited: Mapping(429, RATE, "rate_limit_exceeded"),
     body.ClientGone: Mapping(499, REQUEST, "client_gone"),
@@ -85,11 +92,13 @@ TABLE: dict[type[Exception], Mapping] = {
     supervisor.NotReady: Mapping(503, UNAVAILABLE, "loading"),
     supervisor.Draining: Mapping(503, UNAVAILABLE, "draining"),
     pool.NoCapacity: Mapping(503, UNAVAILABLE, "{kind}_capacity"),
+    backing.ObjectDamaged: Mapping(503, UNAVAILABLE, "store_unavailable"),
+    backing.StoreUnavailable: Mapping(503, UNAVAILABLE, "store_unavailable"),
     plans.DefaultUnavailable: Mapping(503, UNAVAILABLE, "default_steering_unavailable"),
     deadline.DeadlineExceeded: Mapping(504, "timeout_error", "deadline_exceeded"),
     delta_pool.DeltaTooLarge: Mapping(507, STORAGE, "delta_too_large"),
     reserve.ReserveExceeded: Mapping(507, STORAGE, "vocabulary_reserve_exceeded"),
-    store.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
+    backing.InsufficientStorage: Mapping(507, STORAGE, "insufficient_storage"),
     engine.EngineError: Mapping(500, "server_error", "engine_error", "the engine failed on this request"),
     engine.EngineDeadError: Mapping(503, UNAVAILABLE, "engine_dead", "the engine has stopped"),
     engine.EngineLoadError: Mapping(500, "server_error", "delta_load_failed", "the delta could not be loaded"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.artifacts.registry import Registry
+from server.artifacts.names import Registry
 from server.artifacts.versions import PolicyVersion
 from steering.gate.policy import Policy, read_policy
 

@@ -10,8 +10,10 @@ from functools import partial
 
 from server.admission import Admission, Permit
 from server.artifacts.delta_pool import DeltaPool
+from server.artifacts.follower import Follower
 from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
+from server.artifacts.watcher import Watcher
 from server.config import RestartSettings
 from server.core import (
     ChatPrompt,
@@ -72,6 +74,7 @@ class Gateway:
         restart: RestartSettings,
         engine_metrics: EngineMetrics,
         metrics: GenerationMetrics,
+        background: Sequence[Follower | Watcher],
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -84,6 +87,7 @@ class Gateway:
         self._gate = gate
         self._turns = turns
         self._metrics = metrics
+        self._background = background
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
         self.supervisor = Supervisor(engine, restart, engine_metrics, self._forget_residents, self._restore_residents)
@@ -96,8 +100,12 @@ class Gateway:
     async def start(self) -> None:
         """Raises EngineError."""
         await self.supervisor.start()
+        for task in self._background:
+            task.start()
 
     async def stop(self) -> None:
+        for task in self._background:
+            await task.stop()
         await self.supervisor.close()
         await self._pool.close()
         await self._edits.close()

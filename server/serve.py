@@ -26,18 +26,20 @@ from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
 from server.app import create_app, split_app
+from server.artifacts.backing import StoreError, StoreUnavailable
 from server.artifacts.checks import (
     Checks,
     Shape,
     Verify,
     delta_check,
+    lora_conversion,
     policy_check,
     profile_check,
     sae_check,
     token_ids,
 )
-from server.artifacts.store import Store, StoreError
-from server.config import ServerSettings, Settings
+from server.artifacts.store import Store, backing
+from server.config import ServerSettings, Settings, StoreSettings
 from server.engine.base import EngineDelta, EngineError
 from server.gateway import Gateway
 from server.guard import guarded
@@ -57,16 +59,28 @@ class PortError(Exception):
 
 def serve(model: str, settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
-    store = Store(settings.store.path, settings.store.max_bytes)
     try:
-        with _listening(settings.server) as listeners, contextlib.closing(store):
+        with _listening(settings.server) as listeners, contextlib.closing(_store(settings.store)) as store:
             store.open()
             context, keys = _build(resolve_base(model), settings, store)
             app = _app(context, keys, listeners)
             return asyncio.run(_run(app, context.gateway, listeners, settings.server, settings.telemetry.log_format))
-    except (PortError, StoreError, DeltaError, TokenizerError, ToolTemplateError, TracingError) as error:
+    except (
+        PortError,
+        StoreError,
+        StoreUnavailable,
+        DeltaError,
+        TokenizerError,
+        ToolTemplateError,
+        TracingError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _store(settings: StoreSettings) -> Store:
+    place = backing(settings.path, settings.cache_path, settings.endpoint_url, settings.max_cache_bytes)
+    return Store(place, settings.max_bytes)
 
 
 @contextlib.contextmanager
@@ -115,6 +129,7 @@ def checks_for(folder: Path, reserved_tokens: int = 0) -> tuple[str, Checks]:
         profile_check(shape),
         sae_check(shape),
         policy_check(base_fingerprint),
+        lora_conversion(folder),
     )
 
 

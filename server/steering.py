@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from server.artifacts.names import BaseMismatch, KindError, NameNotFound, Registry
 from server.artifacts.pool import PlannedEdit
-from server.artifacts.registry import KindError, NameNotFound, Registry
 from server.artifacts.versions import ProbeFacts, ProfileVersion, SAEVersion
 from server.core import (
     ChatPrompt,
@@ -32,10 +32,6 @@ from server.latent_values import plain_values
 from server.wire import MissingParameter
 
 Json = dict[str, Any]
-
-
-class BaseMismatch(KindError):
-    """The artifact was made for another base than the one that runs now."""
 
 
 class DefaultUnavailable(GatewayError):

@@ -214,5 +214,7 @@ class UploadFields(OwnModel):
 
     name: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    base_fingerprint: Annotated[str, Field(max_length=200)] | None = None
+    description: Annotated[str, Field(max_length=1000)] = ""
     expected_generation: Annotated[int, Field(ge=0)] | None = None
     activate: bool = True

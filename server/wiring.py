@@ -1,5 +1,6 @@
 """Settings, and what differs between production and tests -> the collaborators of the application."""
 
+import asyncio
 import math
 import shutil
 from dataclasses import dataclass
@@ -10,14 +11,19 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from server.admission import Admission
+from server.artifacts.adapters import AdapterFolder
 from server.artifacts.checks import Checks
 from server.artifacts.combination_pool import CombinationPool
 from server.artifacts.delta_pool import DeltaPool
+from server.artifacts.follower import Follower
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle, ProfileLifecycle
+from server.artifacts.names import Registry
 from server.artifacts.pool import EditPool
-from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry, Registry, Shelf
+from server.artifacts.registry import POLICY, PROFILE, SAE, DeltaRegistry
+from server.artifacts.shelf import Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
+from server.artifacts.watcher import Watcher
 from server.build import installed
 from server.config import AuthSettings, Settings, SteeringSettings, TelemetrySettings, ToolsSettings
 from server.core import ProfileSteering
@@ -58,23 +64,21 @@ def wire(
     own: OwnTokenizers[Any] | None = None,
 ) -> tuple[Context, Keys]:
     """`store` is open already; `own`: tokenizers of deltas. Raises StoreError, ToolTemplateError, TracingError."""
-    limits = settings.admission
-    telemetry = _telemetry(settings.telemetry)
+    limits, telemetry = settings.admission, _telemetry(settings.telemetry)
     admission = Admission(limits.max_concurrent, limits.max_queued_tokens)
     shelf = Shelf(store)
-    deltas = DeltaRegistry(shelf, base.id, settings.engine.reserved_tokens)
+    deltas = DeltaRegistry(shelf, base.id, base.fingerprint, settings.engine.reserved_tokens)
     profiles = Registry(shelf, PROFILE, Ref[ProfileVersion])
     saes = Registry(shelf, SAE, Ref[SAEVersion])
     policies = Registry(shelf, POLICY, Ref[PolicyVersion])
     shelf.recover()
-    pool = _delta_pool(settings, engine, telemetry)
+    pool = _delta_pool(settings, engine, telemetry, store)
     edits = EditPool(engine, settings.engine.max_resident_edits, limits.edit_wait_s, telemetry.edits)
-    tools = settings.tools
-    prompts = _prompts(tools, tokenizer, own)
-    toolbox = Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
+    prompts = _prompts(settings.tools, tokenizer, own)
     planner = _planner(settings.steering, base, prompts, profiles, saes)
     known = Policies(policies, base.fingerprint, prompts.tool_template_sha256)
-    gate = Gate(settings.gate, known, Prober(engine, prompts, planner, edits, admission), base.fingerprint)
+    prober = Prober(engine, prompts, planner, edits, admission)
+    lifecycle = DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, limits.drain_timeout_s)
     gateway = Gateway(
         engine,
         deltas,
@@ -83,12 +87,13 @@ def wire(
         edits,
         admission,
         prompts,
-        toolbox,
-        gate,
+        _toolbox(settings.tools),
+        Gate(settings.gate, known, prober, base.fingerprint),
         _turns(settings, telemetry),
         settings.engine.restart,
         EngineMetrics(telemetry.registry),
         telemetry.generation,
+        _background(settings, shelf, lifecycle, checks),
     )
     _watch(telemetry, base, engine, gateway, admission, store)
     telemetry.offer_compat(base.id, settings.engine.deltas_per_batch, deltas.names_of)
@@ -98,10 +103,11 @@ def wire(
         admission=admission,
         pool=pool,
         edits=edits,
-        deltas=DeltaLifecycle(store, deltas, pool, checks.delta, telemetry, limits.drain_timeout_s),
+        deltas=lifecycle,
         profiles=ProfileLifecycle(store, profiles, edits, checks.profile, telemetry, limits.drain_timeout_s, policies),
         saes=Lifecycle(store, saes, edits, checks.sae, telemetry, limits.drain_timeout_s),
         policies=Lifecycle(store, policies, known, checks.policy, telemetry, limits.drain_timeout_s),
+        adapters=_adapters(settings.store.lora_root, lifecycle, checks),
         telemetry=telemetry,
         limits=_limits(settings),
         prompts=prompts,
@@ -157,6 +163,10 @@ def _limits(settings: Settings) -> Limits:
     )
 
 
+def _toolbox(tools: ToolsSettings) -> Toolbox:
+    return Toolbox(tools.parser, tools.exclude_when_none, tools.drop_unknown, tools.max_tools)
+
+
 def _prompts(tools: ToolsSettings, tokenizer: Tokenizer, own: OwnTokenizers[Any] | None) -> PromptRenderer:
     template = choose(tools.template, tools.parser, tokenizer.own_tool_template)
     return PromptRenderer(tokenizer, template, tools.parser, own.of if own else lambda delta: None)
@@ -200,13 +210,26 @@ def _free_bytes(root: Path) -> float:
         return math.nan
 
 
+def _adapters(root: Path | None, deltas: DeltaLifecycle, checks: Checks) -> AdapterFolder | None:
+    return AdapterFolder(root, deltas, checks.convert) if root else None
+
+
+def _background(settings: Settings, shelf: Shelf, deltas: DeltaLifecycle, checks: Checks) -> list[Follower | Watcher]:
+    place = settings.store
+    background: list[Follower | Watcher] = [Follower(shelf, place.refresh_s, deltas.followed)]
+    if place.delta_dir:
+        watched = AdapterFolder(place.delta_dir, deltas, checks.convert)
+        background.append(Watcher(watched, deltas, place.refresh_s, settings.server.max_upload_bytes))
+    return background
+
+
 def _default_steering(settings: SteeringSettings) -> ProfileSteering | None:
     """`field`: where a request says what of it can be changed, the profile whose probe scores."""
     chosen = settings.default
     return ProfileSteering("conflict", chosen.profile, chosen.direction, chosen.strength) if chosen else None
 
 
-def _delta_pool(settings: Settings, engine: Engine, telemetry: Telemetry) -> DeltaPool:
+def _delta_pool(settings: Settings, engine: Engine, telemetry: Telemetry, store: Store) -> DeltaPool:
     room, limits = settings.engine, settings.admission
     combinations = CombinationPool(engine, room.max_resident_combinations, limits.delta_wait_s, telemetry.combinations)
     return DeltaPool(
@@ -218,4 +241,5 @@ def _delta_pool(settings: Settings, engine: Engine, telemetry: Telemetry) -> Del
         room.max_resident_delta_bytes,
         room.max_packed_delta_bytes,
         limits.failed_load_s,
+        lambda digest: asyncio.to_thread(store.fetch, digest),
     )

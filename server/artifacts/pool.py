@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from server.artifacts.registry import KindError
+from server.artifacts.names import KindError
 from server.core import GatewayError
 from server.engine.base import Engine, EngineEdit, EngineLoadError
 from server.metrics.residency import Reason, ResidencyMetrics

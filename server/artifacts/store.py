@@ -1,42 +1,29 @@
-"""Bytes by digest, names by file: git's model on one folder.
+"""Bytes by digest, names by file: git's model on a local folder or a bucket that servers share.
 
     objects/<sha256>          immutable artifacts
     refs/<kind>/<name>.json   what a name points to
-    incoming/                 uploads under way; emptied at start
-    lock                      held by the one server that uses the folder
+    incoming/                 uploads under way, always in a local folder; what an ended server left there is swept at start
 
-Everything visible is complete: a file is written beside its place, synced, renamed, and the folder synced.
+The same code serves both places; what differs is behind `Backing`.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
-from fsspec.implementations.local import LocalFileSystem
-
+from server.artifacts.backing import Backing, Entry, InsufficientStorage, StoreError
+from server.artifacts.folder import Folder, no_space_named
 from server.core import GatewayError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-class StoreError(Exception):
-    """The store cannot be used at all; ends the start of the server."""
-
-
-class StoreLockedError(StoreError):
-    """Another server uses the folder."""
-
-
-class InsufficientStorage(GatewayError):
-    """No space left in the store."""
+_S3 = "s3://"
 
 
 class BodyTooLarge(GatewayError):
@@ -49,9 +36,9 @@ class Incoming:
     def __init__(self, path: Path, file: IO[bytes], max_bytes: int) -> None:
         self.path = path
         self.nbytes = 0
+        self.max_bytes = max_bytes
         self._file = file
         self._hash = hashlib.sha256()
-        self._max_bytes = max_bytes
 
     @property
     def digest(self) -> str:
@@ -60,8 +47,8 @@ class Incoming:
     def write(self, data: bytes) -> None:
         """Blocking. Raises BodyTooLarge, InsufficientStorage."""
         self.nbytes += len(data)
-        if self.nbytes > self._max_bytes:
-            raise BodyTooLarge(f"the file is larger than the limit of {self._max_bytes} bytes")
+        if self.nbytes > self.max_bytes:
+            raise BodyTooLarge(f"the file is larger than the limit of {self.max_bytes} bytes")
         self._hash.update(data)
         with no_space_named():
             self._file.write(data)
@@ -74,137 +61,149 @@ class Incoming:
 
 
 class Store:
-    """A local folder, read through fsspec; `open()` takes the lock and clears what an earlier crash left.
+    """Objects and refs of one place. `nbytes`: what its objects take, at most `max_bytes` where that is given."""
 
-    `nbytes`: what its objects take, at most `max_bytes` where that is given.
-    """
-
-    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
-        self.root = root.expanduser().absolute()
+    def __init__(self, place: Path | Backing, max_bytes: int | None = None) -> None:
+        backing = Folder(place) if isinstance(place, Path) else place
+        self.root = backing.root
+        self.place = backing.place
         self.nbytes = 0
         self._max_bytes = max_bytes
-        self._files = LocalFileSystem()
-        self._lock: IO[str] | None = None
+        self._backing = backing
 
     def open(self) -> None:
-        """Raises StoreError, StoreLockedError."""
-        try:
-            for folder in ("objects", "refs", "incoming"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.root / "lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"cannot use the store {self.root}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self.close()
-            raise StoreLockedError(
-                f"the store {self.root} is in use by another server (process {holder}); "
-                "stop it, or give this server its own store with --store"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
-        for leftover in (self.root / "incoming").iterdir():
-            leftover.unlink()
-        self.nbytes = sum(self.object_path(digest).stat().st_size for digest in self.objects())
+        """Raises StoreError."""
+        self._backing.open()
+        self.root = self._backing.root
+        with self.exclusive():
+            for leftover in (self.root / "incoming").iterdir():
+                _sweep(leftover)
+        self.nbytes = sum(entry.nbytes for entry in self._objects().values())
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._backing.close()
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keeps other servers from writing where the place can do that. Blocking; not to be nested."""
+        return self._backing.exclusive()
+
+    # Objects
 
     @contextlib.contextmanager
     def incoming(self, max_bytes: int) -> Iterator[Incoming]:
         """A temporary file that is gone when the block ends, unless it was published."""
-        with no_space_named():
-            handle, name = tempfile.mkstemp(dir=self.root / "incoming")
-        path = Path(name)
+        path, file = self._create()
         try:
-            with os.fdopen(handle, "wb", buffering=0) as file:
+            with file:
                 yield Incoming(path, file, max_bytes)
         finally:
             path.unlink(missing_ok=True)
 
     def publish(self, incoming: Incoming) -> None:
-        """Make the bytes visible under their digest. Blocking. Raises InsufficientStorage."""
-        if self._max_bytes is not None and self.nbytes + incoming.nbytes > self._max_bytes:
-            raise InsufficientStorage(
-                f"the store holds {self.nbytes} bytes and the file has {incoming.nbytes}; store.max_bytes is {self._max_bytes}"
-            )
-        incoming.sync()
-        with no_space_named():
-            incoming.path.replace(self.object_path(incoming.digest))
+        """Make sure that the synced bytes are there under their digest. Blocking, inside `exclusive`.
+
+        Raises InsufficientStorage, StoreUnavailable.
+        """
+        if self._max_bytes is not None:
+            there = self._objects()
+            self.nbytes = sum(entry.nbytes for entry in there.values())
+            if incoming.digest not in there and self.nbytes + incoming.nbytes > self._max_bytes:
+                raise InsufficientStorage(
+                    f"the store holds {self.nbytes} bytes and the file has {incoming.nbytes}; "
+                    f"store.max_bytes is {self._max_bytes}"
+                )
+        if self._backing.put_object(incoming.path, incoming.digest):
             self.nbytes += incoming.nbytes
-            _sync_folder(self.root / "objects")
+
+    def assure(self, incoming: Incoming) -> None:
+        """Call it when a name refers to a published object: where servers have no lock, one may have dropped it just before."""
+        self._backing.put_object(incoming.path, incoming.digest)
 
     def object_path(self, digest: str) -> Path:
+        """Where the object lies as a local file, once it is fetched."""
         return self.root / "objects" / digest
 
-    def has_object(self, digest: str) -> bool:
-        return bool(self._files.isfile(str(self.object_path(digest))))
+    def fetch(self, digest: str) -> None:
+        """Make an object a local file. Blocking. Raises StoreUnavailable."""
+        self._backing.fetch_object(digest)
 
-    def delete_object(self, digest: str) -> None:
-        path = self.object_path(digest)
-        with contextlib.suppress(FileNotFoundError):
-            nbytes = path.stat().st_size
-            self._files.rm_file(str(path))
-            self.nbytes -= nbytes
+    def fetch_again(self, digest: str) -> None:
+        """Read the object itself again, whatever is there locally. Blocking. Raises ObjectDamaged, StoreUnavailable."""
+        self._backing.fetch_again(digest)
+
+    def forget(self, digest: str) -> None:
+        """Drop the local copy of an object that lies elsewhere. Blocking."""
+        self._backing.forget_object(digest)
 
     def objects(self) -> list[str]:
-        names = [Path(path).name for path in self._files.ls(str(self.root / "objects"), detail=False)]
-        return sorted(name for name in names if _DIGEST.fullmatch(name))
+        return sorted(self._objects())
 
-    def kinds(self) -> set[str]:
-        """The kinds that have a folder of refs, and at least one name in it."""
-        return {path.parent.name for path in (self.root / "refs").glob("*/*.json")}
+    def keep_only(self, used: Collection[str]) -> None:
+        """Drop the other objects. Blocking, inside `exclusive`."""
+        local = {path.name for path in (self.root / "objects").iterdir() if _DIGEST.fullmatch(path.name)}
+        there = self._objects()
+        for digest in local | set(there):
+            if digest not in used:
+                self._backing.drop_object(digest)
+                there.pop(digest, None)
+        self.nbytes = sum(entry.nbytes for entry in there.values())
 
-    def refs(self, kind: str) -> dict[str, bytes]:
-        """name -> content of every ref of a kind."""
-        folder = self.root / "refs" / kind
-        folder.mkdir(exist_ok=True)
-        paths = [Path(path) for path in self._files.ls(str(folder), detail=False)]
-        for leftover in (path for path in paths if path.suffix == ".tmp"):
-            leftover.unlink()
-        return {path.stem: self._files.cat_file(str(path)) for path in sorted(paths) if path.suffix == ".json"}
+    def drop_object(self, digest: str) -> None:
+        """Blocking, inside `exclusive`."""
+        self._backing.drop_object(digest)
+        self.nbytes = sum(entry.nbytes for entry in self._objects().values())
 
-    def write_ref(self, kind: str, name: str, content: bytes) -> None:
-        """Replace a ref in one step; visible now, durable after `sync_refs`. Blocking. Raises InsufficientStorage."""
-        target = self.root / "refs" / kind / f"{name}.json"
-        temporary = target.with_suffix(".tmp")
-        try:
-            with no_space_named(), temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    # Refs
 
-    def delete_ref(self, kind: str, name: str) -> None:
-        (self.root / "refs" / kind / f"{name}.json").unlink(missing_ok=True)
+    def refs(self) -> Mapping[tuple[str, str], Entry]:
+        """(kind, name) of every ref. Blocking. Raises StoreUnavailable."""
+        return self._backing.refs()
 
-    def sync_refs(self, kind: str) -> None:
-        with no_space_named():
-            _sync_folder(self.root / "refs" / kind)
+    def read_ref(self, kind: str, name: str) -> tuple[bytes | None, str | None]:
+        """Content (None where there is none) and the tag that `swap_ref` wants. Blocking. Raises StoreUnavailable."""
+        return self._backing.read_ref(kind, name)
+
+    def swap_ref(self, kind: str, name: str, content: bytes | None, tag: str | None) -> str | None:
+        """Replace a ref that is still as it was read, or remove it; durable on return. Blocking, inside `exclusive`.
+
+        Returns the new tag. Raises FileChanged, InsufficientStorage, StoreUnavailable.
+        """
+        if content is not None:
+            return self._backing.swap_ref(kind, name, content, tag)
+        if tag is not None:
+            self._backing.remove_ref(kind, name, tag)
+        return None
+
+    def _objects(self) -> dict[str, Entry]:
+        return {name: entry for name, entry in self._backing.objects().items() if _DIGEST.fullmatch(name)}
+
+    def _create(self) -> tuple[Path, IO[bytes]]:
+        """A file that is locked as long as it is open, so that no sweep takes it."""
+        while True:
+            with no_space_named():
+                handle, name = tempfile.mkstemp(dir=self.root / "incoming")
+            file = os.fdopen(handle, "wb", buffering=0)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle).st_nlink:
+                return Path(name), file
+            file.close()  # swept before it was locked
 
 
-@contextlib.contextmanager
-def no_space_named() -> Iterator[None]:
-    """Turn the operating system's no-space errors into InsufficientStorage."""
+def _sweep(leftover: Path) -> None:
+    """Remove the file of an upload, unless a running server still holds it."""
+    with contextlib.suppress(FileNotFoundError), leftover.open("rb") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leftover.unlink()
+
+
+def backing(path: str, cache: Path, endpoint_url: str | None, max_cache_bytes: int | None) -> Backing:
+    """The place that the settings name. Raises StoreError."""
+    if not path.startswith(_S3):
+        if "://" in path:
+            raise StoreError(f"the store {path} is neither a folder nor {_S3}BUCKET/PREFIX")
+        return Folder(Path(path))
     try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise InsufficientStorage("no space left in the artifact store") from error
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        from server.artifacts.bucket import Bucket
+    except ImportError as error:
+        raise StoreError(f"a store in a bucket needs the extra s3: pip install 'deltaworks[s3]' ({error})") from error
+    return Bucket(path, cache, endpoint_url, max_cache_bytes)

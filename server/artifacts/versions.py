@@ -6,6 +6,10 @@ from typing import Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 
+def _is_no_text(value: object) -> bool:
+    return value == ""
+
+
 class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -16,6 +20,7 @@ class Version(Facts):
     digest: str
     nbytes: int
     created: int  # unix seconds
+    description: str = Field(default="", exclude_if=_is_no_text)
 
 
 class DeltaVersion(Version):

@@ -1,9 +1,10 @@
 """The admin plane: upload, list, get, move and delete artifacts of every kind; load, unload and pin deltas; what is in memory."""
 
 import time
-from typing import Any
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeAlias
 
-from fastapi import Request
+from fastapi import Query, Request
 from starlette.responses import JSONResponse, Response
 
 from compressors.errors import DeltaError
@@ -12,11 +13,12 @@ from server.errors import describe
 from server.metrics.uploads import reason_of
 from server.routes.body import ClientGone, check_length, read_body
 from server.routes.context import Artifacts, Ctx
-from server.routes.upload import receive
+from server.routes.upload import FORM_OVERHEAD_BYTES, receive
 from server.wire import AliasMove, parse
 from steering.errors import SteeringError
 
-_FORM_OVERHEAD_BYTES = 64 << 10  # what multipart adds to the file at most
+ArtifactState: TypeAlias = Literal["stored", "packed", "loading", "resident", "failed"]
+_MAX_PAGE = 1000
 
 
 async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONResponse:
@@ -24,10 +26,11 @@ async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONRe
     max_bytes = context.limits.max_upload_bytes
     started = time.perf_counter()
     try:
-        check_length(request, max_bytes + _FORM_OVERHEAD_BYTES)
+        check_length(request, max_bytes + FORM_OVERHEAD_BYTES)
         with artifacts.incoming(max_bytes) as incoming:
-            fields = await receive(request, incoming)
-            ref, created = await artifacts.upload(fields, incoming)
+            received = await receive(request, incoming)
+            async with artifacts.opened(received, incoming) as (fields, artifact):
+                ref, created = await artifacts.upload(fields, artifact)
             artifacts.count_received(incoming.nbytes, time.perf_counter() - started)
     except ClientGone:
         artifacts.count_upload("aborted")
@@ -39,12 +42,38 @@ async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONRe
     return JSONResponse(artifacts.card(ref), 201 if created else 200, headers)
 
 
-async def list_all(artifacts: Artifacts) -> dict[str, Any]:
-    return {"object": "list", "data": [artifacts.card(ref) for ref in artifacts.refs()], "has_more": False}
+async def list_all(
+    artifacts: Artifacts,
+    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = _MAX_PAGE,
+    after: str = "",
+    state: ArtifactState | None = None,
+) -> dict[str, Any]:
+    """Names in order, from behind `after` on; with `state` those that have a version in it."""
+    cards = (artifacts.card(ref) for ref in artifacts.refs() if ref.name > after)
+    page = list(islice((card for card in cards if state is None or state in _states(card)), limit + 1))
+    return {"object": "list", "data": page[:limit], "has_more": len(page) > limit}
+
+
+def _states(card: dict[str, Any]) -> set[str]:
+    return {version.get("state", "stored") for version in card["versions"]}
 
 
 async def get(name: str, artifacts: Artifacts) -> dict[str, Any]:
-    return artifacts.card(artifacts.get(name))
+    return artifacts.card(await artifacts.get(name))
+
+
+async def get_version(name: str, digest: str, artifacts: Artifacts) -> dict[str, Any]:
+    return artifacts.version_card(await artifacts.version(name, digest))
+
+
+async def delete_version(name: str, digest: str, artifacts: Artifacts, drain: bool = False) -> Response:
+    await artifacts.delete_version(name, digest, drain)
+    return Response(status_code=204)
+
+
+async def verify(name: str, artifacts: Artifacts) -> dict[str, Any]:
+    """Whether the stored bytes are still what was checked at the upload."""
+    return await artifacts.verify(name)
 
 
 async def move_alias(name: str, request: Request, context: Ctx, artifacts: Artifacts) -> dict[str, Any]:

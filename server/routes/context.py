@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from server.admission import Admission
+from server.artifacts.adapters import AdapterFolder
 from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.lifecycle import DeltaLifecycle, Lifecycle
 from server.artifacts.pool import EditPool
@@ -44,6 +45,7 @@ class Context:
     profiles: Lifecycle[ProfileVersion]
     saes: Lifecycle[SAEVersion]
     policies: Lifecycle[PolicyVersion]
+    adapters: AdapterFolder | None
     telemetry: Telemetry
     limits: Limits
     prompts: PromptRenderer

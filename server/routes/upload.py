@@ -1,9 +1,13 @@
 """The bytes of an upload -> a temporary file of the store, never whole in memory.
 
-Two forms: multipart/form-data with a part `file` and the fields as parts, or a raw body with the fields as query.
+Two forms: multipart/form-data with a part `file` and the fields as parts, or a raw body with the fields as query, where
+`Content-Digest` (RFC 9530) may stand for `sha256`.
 """
 
 import asyncio
+import base64
+import hashlib
+import re
 from collections.abc import Mapping
 
 from python_multipart.exceptions import FormParserError
@@ -18,6 +22,12 @@ from server.wire import UploadFields, check
 _BATCH_BYTES = 1 << 20  # written and hashed in one go, off the event loop
 _PROGRESS_BYTES = 64 << 10  # a client has a time limit for each of these, not for the file
 _MAX_FIELD_BYTES = 4096
+FORM_OVERHEAD_BYTES = 64 << 10  # what multipart adds to the file at most
+_SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([^:]*):", re.IGNORECASE)
+
+
+class LengthRequired(GatewayError):
+    """A file that comes as the body itself does not say how long it is."""
 
 
 class InvalidMultipart(GatewayError):
@@ -27,12 +37,12 @@ class InvalidMultipart(GatewayError):
 async def receive(request: Request, incoming: Incoming) -> UploadFields:
     """Stream the file into `incoming`.
 
-    Raises InvalidMultipart, InvalidRequest, MissingParameter, BodyTooLarge, InsufficientStorage, BodyTimeout,
-    ClientGone.
+    Raises InvalidMultipart, InvalidRequest, MissingParameter, LengthRequired, BodyTooLarge, InsufficientStorage,
+    BodyTimeout, ClientGone.
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     form = _Form(options.get(b"boundary", b"")) if content_type == b"multipart/form-data" else None
-    query = None if form else check(UploadFields, dict(request.query_params))
+    query = None if form else check(UploadFields, _query(request))
     batch, limit_s, since = bytearray(), body_timeout_s(request), 0
     loop = asyncio.get_running_loop()
     try:
@@ -54,6 +64,33 @@ async def receive(request: Request, incoming: Incoming) -> UploadFields:
     return query or check(UploadFields, form.finish() if form else {})
 
 
+def _query(request: Request) -> dict[str, str]:
+    """Raises LengthRequired, InvalidRequest."""
+    if "content-length" not in request.headers:
+        raise LengthRequired("a raw upload says how long it is: Content-Length")
+    query = dict(request.query_params)
+    if len(request.query_params.multi_items()) > len(query):
+        raise InvalidRequest("the query gives a field twice")
+    header = request.headers.get("content-digest")
+    if header is not None:
+        digest = _content_digest(header)
+        if query.setdefault("sha256", digest) != digest:
+            raise InvalidRequest("Content-Digest and the field sha256 differ", param="sha256")
+    return query
+
+
+def _content_digest(header: str) -> str:
+    """The SHA-256 of a Content-Digest header, in hex. Raises InvalidRequest."""
+    found = _SHA256.search(header)
+    try:
+        digest = base64.b64decode(found[1], validate=True) if found else b""
+    except ValueError:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise InvalidRequest("Content-Digest has no sha-256=:BASE64:, the only digest that is checked", param="sha256")
+    return digest.hex()
+
+
 class _Form:
     """Callbacks of the streaming multipart parser: file bytes pass through, small fields are kept."""
 
@@ -65,6 +102,7 @@ class _Form:
         self._header = bytearray()
         self._value = bytearray()
         self._part = ""
+        self._overhead = 0
         self._complete = False
         try:
             self._parser = MultipartParser(
@@ -90,6 +128,9 @@ class _Form:
             raise InvalidMultipart(f"malformed multipart body: {error}") from error
         found = bytes(self._file)
         self._file.clear()
+        self._overhead += len(chunk) - len(found)
+        if self._overhead > FORM_OVERHEAD_BYTES:
+            raise InvalidMultipart("the multipart body holds too much beside the file")
         return found
 
     def finish(self) -> Mapping[str, str]:

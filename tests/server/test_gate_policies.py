@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.artifacts.store import StoreError
+from server.artifacts.backing import StoreError
 from tests.server.conftest import ADMIN
 from tests.server.gate_bed import STATIC, Bed, head
 from tests.steering.gate_world import stage

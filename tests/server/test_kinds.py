@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.artifacts.store import StoreError
+from server.artifacts.backing import StoreError
 
 pytestmark = pytest.mark.anyio
 
@@ -131,7 +131,8 @@ async def test_deletion_under_a_running_request(
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, f"{kind}_in_use")
     assert house.store.objects() == [digest]
     draining = asyncio.create_task(admin.delete(f"/v1/admin/{plural}/one?drain=true"))
-    await asyncio.sleep(0.02)
+    while (await admin.get(f"/v1/admin/{plural}/one")).status_code != 404:
+        await asyncio.sleep(0.002)
     assert not draining.done()
     hidden = await client.post(COMPLETIONS, json=body(steering=STEERED[plural]))
     assert (hidden.status_code, hidden.json()["error"]["code"]) == (404, f"{kind}_not_found")

@@ -1,7 +1,6 @@
 """The folder of artifacts: atomic, locked by one server, clean after a crash."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,45 +8,41 @@ from pathlib import Path
 
 import pytest
 
-from server.artifacts.registry import DeltaRegistry, Shelf
-from server.artifacts.store import BodyTooLarge, Store, StoreError, StoreLockedError
+from server.artifacts.backing import FileChanged, StoreError
+from server.artifacts.folder import Folder
+from server.artifacts.registry import DeltaRegistry
+from server.artifacts.shelf import Shelf
+from server.artifacts.store import BodyTooLarge, Store, backing
 
 
 def recover(store: Store, base_id: str) -> None:
     shelf = Shelf(store)
-    DeltaRegistry(shelf, base_id)
+    DeltaRegistry(shelf, base_id, "sha256:ba5e")
     shelf.recover()
 
 
-def test_second_server_on_the_same_store_is_refused_and_named(store: Store) -> None:
-    with pytest.raises(StoreLockedError, match=rf"in use by another server \(process {os.getpid()}\).*--store"):
-        Store(store.root).open()
-
-
-def test_closing_frees_the_store(tmp_path: Path) -> None:
-    first = Store(tmp_path / "store")
-    first.open()
-    first.close()
-    second = Store(tmp_path / "store")
-    second.open()
-    second.close()
-
-
-def test_a_killed_server_frees_the_store(tmp_path: Path) -> None:
+def test_a_start_leaves_the_upload_of_another_server_alone_and_sweeps_a_dead_ones(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from server.artifacts.store import Store\n"
-        "s = Store(Path(sys.argv[1])); s.open(); print('open', flush=True); time.sleep(60)"
+        "s = Store(Path(sys.argv[1])); s.open()\n"
+        "with s.incoming(9) as incoming: incoming.write(b'half'); print(incoming.path, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"open\n"
-        with pytest.raises(StoreLockedError, match=f"process {holder.pid}"):
-            Store(tmp_path).open()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    store = Store(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        half = Path(other.stdout.readline().strip())
+        store = Store(tmp_path)
+        store.open()
+        assert half.read_bytes() == b"half"
+        other.send_signal(signal.SIGKILL)
+        other.wait()
     store.open()
-    store.close()
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "https://host/x"])
+def test_a_place_of_another_kind_is_refused(path: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"neither a folder nor s3://BUCKET/PREFIX"):
+        backing(path, tmp_path, None, None)
 
 
 def test_unusable_folder_is_a_clear_error(tmp_path: Path) -> None:
@@ -62,6 +57,7 @@ def test_incoming_is_gone_unless_published(store: Store) -> None:
     assert not incoming.path.exists()
     with store.incoming(100) as incoming:
         incoming.write(b"abc")
+        incoming.sync()
         store.publish(incoming)
     assert store.object_path(incoming.digest).read_bytes() == b"abc"
     assert store.objects() == [incoming.digest]
@@ -116,3 +112,21 @@ def test_base_called_like_a_stored_delta_stops_the_start(store: Store) -> None:
     (store.root / "refs" / "delta" / "red.json").write_text(json.dumps(ref))
     with pytest.raises(StoreError, match="served_name"):
         recover(store, "red")
+
+
+def test_a_ref_is_swapped_only_as_it_was_read(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.open()
+    assert folder.read_ref("delta", "red") == (None, None)
+    first = folder.swap_ref("delta", "red", b"1", None)
+    second = folder.swap_ref("delta", "red", b"2", first)
+    for change in (
+        lambda: folder.swap_ref("delta", "red", b"3", None),
+        lambda: folder.swap_ref("delta", "red", b"3", first),
+        lambda: folder.remove_ref("delta", "red", first),
+    ):
+        with pytest.raises(FileChanged):
+            change()
+    assert folder.read_ref("delta", "red") == (b"2", second)
+    folder.remove_ref("delta", "red", second)
+    assert folder.refs() == {}

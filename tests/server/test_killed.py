@@ -1,0 +1,147 @@
+"""R12: a server that is killed at any line of a publish, a move or a deletion leaves a store that is whole.
+
+A zygote imports everything once and forks a server for each line; the child kills itself (SIGKILL) just before it runs that line of
+the store's code, for every line that the operation runs. After each, a new server starts on what was left.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ZYGOTE = r'''
+import asyncio, hashlib, json, os, shutil, signal, sys, threading
+from pathlib import Path
+
+from server.artifacts.registry import DeltaRegistry
+from server.artifacts.shelf import Shelf
+from server.artifacts.store import Store
+from server.artifacts.versions import DeltaVersion
+
+FILES = tuple(f"server/artifacts/{name}.py" for name in ("store", "folder", "shelf", "names"))
+OLD, NEW = b"the old version", b"the new version"
+
+
+def version(content):
+    return DeltaVersion(digest=hashlib.sha256(content).hexdigest(), nbytes=len(content), created=1, method="impart",
+                        base_fingerprint="sha256:ba5e", ratio=32.0, checks=())
+
+
+def start(root):
+    store = Store(root)
+    store.open()
+    shelf = Shelf(store)
+    registry = DeltaRegistry(shelf, "tiny-base", "sha256:ba5e")
+    shelf.recover()
+    return store, registry
+
+
+async def publish(store, registry, content):
+    with store.incoming(1000) as incoming:
+        incoming.write(content)
+        await registry.publish("red", version(content), incoming, True, None)
+
+
+async def move(store, registry, content):
+    await registry.move("red", version(content).digest, registry.get("red").generation)
+
+
+async def delete(store, registry, content):
+    async with registry.retiring("red"):
+        pass
+
+
+OPERATIONS = {"publish": publish, "move": move, "delete": delete}
+
+
+def kill_before(line):
+    """Counts the lines of the store's code as they run for the first time, in all threads."""
+    seen = set()
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.endswith(FILES):
+            return None
+        here = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and here not in seen:
+            if len(seen) == line:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen.add(here)
+        return trace
+
+    threading.settrace(trace)
+    sys.settrace(trace)
+
+
+def run(operation, root, line, acknowledged):
+    store, registry = start(root)
+    kill_before(line)
+    asyncio.run(OPERATIONS[operation](store, registry, NEW))
+    sys.settrace(None)
+    os.write(acknowledged, b"!")
+
+
+def state(root):
+    """What a server finds that starts now: the name's versions and what it points to, and every file."""
+    store, registry = start(root)
+    found = {ref.name: [registry.path(ref.digest), [v.digest for v in ref.versions]] for ref in registry.refs()}
+    for path, digests in found.values():
+        for digest in digests:
+            content = Path(registry.path(digest)).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == digest
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    expected = ["lock", *(f"refs/delta/{name}.json" for name in found)]
+    expected += {f"objects/{digest}" for _, digests in found.values() for digest in digests}
+    assert files == sorted(expected), files
+    red = found.get("red")
+    return red and [Path(red[0]).name, red[1]]
+
+
+def main(operation, folder):
+    before = Path(folder, "before")
+    store, registry = start(before)
+    if operation != "publish":
+        asyncio.run(publish(store, registry, NEW))
+    asyncio.run(publish(store, registry, OLD))
+    was, line, seen = state(before), 0, []
+    while True:
+        root = Path(folder, str(line))
+        shutil.copytree(before, root)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            run(operation, root, line, writer)
+            os._exit(0)
+        os.close(writer)
+        acknowledged = os.read(reader, 1) == b"!"
+        os.close(reader)
+        _, status = os.waitpid(child, 0)
+        seen.append((acknowledged, state(root)))
+        shutil.rmtree(root)
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            break
+        line += 1
+    print(json.dumps({"was": was, "new": version(NEW).digest, "old": version(OLD).digest, "seen": seen}))
+
+
+main(*sys.argv[1:])
+'''
+
+
+@pytest.mark.parametrize("operation", ["publish", "move", "delete"])
+def test_r12_killed_at_any_step(operation: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ZYGOTE, operation, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    old, new = told["old"], told["new"]
+    after = {"publish": [new, [old, new]], "move": [new, [new, old]], "delete": None}[operation]
+    assert len(told["seen"]) > 40
+    for acknowledged, state in told["seen"]:
+        assert state in ([after] if acknowledged else [told["was"], after])
+    states = [state for _, state in told["seen"]]
+    assert states[0] == told["was"]
+    assert told["seen"][-1] == [True, after]
+    assert [state == after for state in states] == sorted(state == after for state in states)  # it happens in one step
