@@ -22,7 +22,9 @@ from server.engine.base import EngineDelta, EngineLoadError, WeightedDelta
 from server.engine.decoding import DeltaDecoding
 from server.own_tokenizers import OwnTokenizers
 from server.prompt import PromptRenderer
-from tests.server.conftest import CHECKS, ByteTokenizer, House, fake_verify
+from tests.server.byte_tokenizer import ByteTokenizer
+from tests.server.conftest import House
+from tests.server.fake_checks import CHECKS, fake_verify
 
 pytestmark = pytest.mark.anyio
 
