@@ -270,4 +270,4 @@ async def test_names_of_earlier_servers_have_no_maxima(
     del found["versions"][0]["has_maxima"]
     ref.write_text(json.dumps(found))
     reborn = build(checks=checks, fingerprint=fingerprint)
-    assert reborn.context.saes.get("one").versions[0].has_maxima is False
+    assert (await reborn.context.saes.get("one")).versions[0].has_maxima is False

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from server.artifacts.checks import Checks, delta_check
-from tests.server.conftest import ADMIN, CHECKS, fake_verify
+from tests.server.conftest import ADMIN
+from tests.server.fake_checks import CHECKS, fake_verify
 
 pytestmark = pytest.mark.anyio
 
