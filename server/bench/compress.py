@@ -269,7 +269,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for method in dict.fromkeys(one.method for one in lines):
-        own = [one for one in lines if one.method == method]
+        own = sorted((one for one in lines if one.method == method), key=lambda one: one.bytes_ratio)
         means = [sum(one.kl) / len(one.kl) for one in own]
         errors = [(max(one.kl) - min(one.kl)) / 2 for one in own]
         axes.errorbar([one.bytes_ratio for one in own], means, errors, marker="o", capsize=3, label=method)
