@@ -35,15 +35,22 @@ $(STAMP): pyproject.toml deploy/lock/cpu.txt
 	@env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR $(VENV)/bin/python -c "$(IMPORTED)" 2> /dev/null
 	$(VENV)/bin/python -m compressors.kernels.build
 	@touch $@
+
+# For the tests of the GPU kernels, in a folder of its own: vLLM for CPUs and the server never find it.
+TRITON := $(VENV)/triton
+$(TRITON): deploy/lock/triton.txt | venv
+	rm -rf $@
+	$(PIP) install --no-deps --no-compile --progress-bar on --target $@ -r deploy/lock/triton.txt
+	touch $@
 endif
 
 demo: venv  ## start a server with three demo deltas and ask all of them the same questions (DEMO_ONCE=1 to stop then)
 	$(VENV)/bin/deltaworks demo $(if $(DEMO_ONCE),--once)
 
-test: venv  ## all tests, on the real engine too
+test: venv $(TRITON)  ## all tests, on the real engine too
 	$(VENV)/bin/python -m pytest
 
-test-fast: venv  ## the tests that need no engine
+test-fast: venv $(TRITON)  ## the tests that need no engine
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not engine" -n auto
 
 test-clients: venv  ## real clients against a running server, each in an environment of its own

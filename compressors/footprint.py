@@ -19,7 +19,8 @@ from compressors.errors import ArtifactError
 from compressors.execution import outside_projections
 from compressors.layout import HEAD, input_table
 
-Form = Literal["sparse", "csr"]  # what the kernels hold: entries column after column, or torch's fp32 CSR
+# What the kernels hold: entries column after column, torch's fp32 CSR, or bitmasks and values on a GPU.
+Form = Literal["sparse", "csr", "masked"]
 
 _FACTOR_STRUCT_BYTES = 112  # of a factor in the C++ kernel's table
 _COLUMN_BYTES = 20  # of a column of one side: where it lies, and its index up to a multiple of 4
@@ -28,6 +29,8 @@ _PAD = 16  # values that a whole column is filled up to
 # Bytes of an entry at most, by the width of its value: a column is stored whole from a density of .4 on at the lowest, and with
 # 2 bytes of index an entry below.
 _ENTRY_BYTES = {1: 3, 2: 5, 4: 10}
+_STARTS_BYTES = 32  # of a column of V on a GPU: where the values of its parts start, 8 at most
+_ALIGNED_BYTES = 7 * 16  # its seven arrays are filled up
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,25 @@ class Extent:
     alone: bool = False
 
     def nbytes(self, form: Form) -> int:
-        """Bytes in memory: exact for torch's CSR, at most for the C++ kernel."""
+        """Bytes in memory: exact for torch's CSR, at most for the others."""
         if form == "csr":  # value fp32 and index i32 an entry, and the row pointers of V^T [r, n] and U [m, r]
             return 8 * self.entries + 4 * (self.rank + self.out_features + 2)
         narrow = max(self.out_features, self.in_features) <= 1 << 16
         width = self.width if narrow else 4  # wider positions do not fit beside a value, which is then fp32
+        if form == "masked":
+            return self._masked(width)
         columns = self.out_features if self.alone else 2 * self.rank
         sides = 2 * _SIDE_BYTES + columns * (_COLUMN_BYTES + _PAD * width)
         entry = _ENTRY_BYTES[width] + (0 if narrow else 2)
         return _FACTOR_STRUCT_BYTES + 4 * max(self.rank, self.in_features) + sides + entry * self.entries
+
+    def _masked(self, width: int) -> int:
+        out, size = self.out_features, self.in_features
+        values = width * self.entries + _ALIGNED_BYTES
+        if self.alone:
+            return values + out * (-(-size // 8) + 4) + 4 * max(out, size)
+        u, v = out * (-(-self.rank // 8) + 4), self.rank * (-(-size // 8) + _STARTS_BYTES)
+        return values + u + v + 4 * self.rank
 
 
 def execution_nbytes(path: Path, form: Form = "sparse") -> int:

@@ -115,8 +115,8 @@ class EngineSettings(Section):
     max_num_batched_tokens: int | None = Field(default=None, ge=1)  # tokens of one step; longer prompts go in chunks
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # priority: requests may say who goes first (`priority`)
     enforce_eager: bool = True
-    kernel: Literal["auto", "native", "torch"] = (
-        "auto"  # how deltas are applied: C++, torch CSR, or C++ where it builds
+    kernel: Literal["auto", "native", "torch", "triton"] = (
+        "auto"  # how deltas are applied: C++, torch CSR, Triton; or Triton on GPUs, and C++ where it builds
     )
     threads: int | None = Field(default=None, ge=1)
     restart: RestartSettings = RestartSettings()

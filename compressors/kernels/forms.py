@@ -79,7 +79,7 @@ class PackedFactor:
 
 def pack_factor(library: ctypes.CDLL, factor: SparseFactor, dense_from: float, mask_from: float) -> PackedFactor | None:
     """The kernel's form of a factor; a column is dense or masked from these densities on. None for a factor that adds nothing."""
-    factor = _without_empty_columns(factor)
+    factor = without_empty_columns(factor)
     if not factor.rank:
         return None
     by_row = _by_output_row(factor)
@@ -145,7 +145,7 @@ def _kind(library: ctypes.CDLL, factor: SparseFactor) -> int:
     return BF16 if factor.packed else FP32
 
 
-def _without_empty_columns(factor: SparseFactor) -> SparseFactor:
+def without_empty_columns(factor: SparseFactor) -> SparseFactor:
     """A column that is empty on one side adds nothing; shards of a tensor have many of them."""
     u_count, v_count = np.diff(factor.u_start), np.diff(factor.v_start)
     used = (u_count > 0) & (v_count > 0)

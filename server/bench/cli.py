@@ -66,6 +66,13 @@ def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     kernel.add_argument(
         "--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64, 512], help="of one delta (default: 1 to 512)"
     )
+    kernel.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: Triton against the base and LoRA (default: %(default)s)",
+    )
+    kernel.add_argument("--deltas", type=int, help="with --device cuda: how many at once (default: 8)")
     kernel.add_argument("--level", choices=("portable", "avx2", "avx512"), help="(default: the best of this CPU)")
     kernel.add_argument("--json", type=Path, help="also write the rows to this file")
     kernel.set_defaults(run=_kernel)

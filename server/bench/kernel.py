@@ -12,15 +12,22 @@ from server.bench.report import Measurement, command, machine, write_json
 if TYPE_CHECKING:
     from compressors.kernels.measure import Cell
 
+_DELTAS = 8  # at once, on a GPU
+
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print one table for each number of rows, write JSON where asked."""
+    if args.device == "cuda":
+        return _run_gpu(args)
     from tqdm import tqdm
 
     from compressors.kernels.build import KernelUnavailableError
     from compressors.kernels.measure import table
     from compressors.kernels.native import LEVELS, NativeKernel
 
+    if args.deltas is not None:
+        print("error: --deltas is for --device cuda; on a CPU one delta is measured", file=sys.stderr)
+        return 1
     facts = machine()
     try:
         kernel = NativeKernel.load()
@@ -36,13 +43,43 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=len(args.density) * len(args.rows), desc="measuring", unit="cell") as bar:
         cells = table(kernel, level, shape, share, args.density, args.rows, bar.update)
     facts["kernel"] = f"{LEVELS[level]}, weight {shape[0]} x {shape[1]}, {share:.4f} of its numbers as int8, one thread"
+    _report(args, facts, cells)
+    return 0
+
+
+def _run_gpu(args: argparse.Namespace) -> int:
+    """The Triton kernels against the base's product and against vLLM's LoRA kernels with as many bytes."""
+    from tqdm import tqdm
+
+    from compressors.kernels.gpu import gpu_problem
+
+    problem = "--level is for CPUs" if args.level is not None else gpu_problem()
+    if problem is not None:
+        print(f"error: --device cuda: {problem}", file=sys.stderr)
+        return 1
+    from compressors.kernels.measure_gpu import Setting, gpu, gpu_facts, layers_for, table
+    from server.bench.punica import dense_lora
+
+    facts = machine() | gpu_facts()
+    shape = (args.out_features, args.in_features)
+    setting = Setting(shape, 2 / args.ratio, args.deltas or _DELTAS, layers_for(shape))
+    with tqdm(total=len(args.density) * len(args.rows), desc="measuring", unit="cell") as bar:
+        cells = table(gpu(), setting, args.density, args.rows, dense_lora, bar.update)
+    facts["kernel"] = (
+        f"{setting.deltas} deltas at once, weight {shape[0]} x {shape[1]}, {setting.share:.4f} of its numbers as int8 each,"
+        f" {setting.layers} layers in one CUDA graph; dense lora has as many bytes"
+    )
+    _report(args, facts, cells)
+    return 0
+
+
+def _report(args: argparse.Namespace, facts: dict[str, str], cells: Sequence[Cell]) -> None:
     for key, value in facts.items():
         print(f"{key:>11}  {value}")
     print(f"{'command':>11}  {command()}")
     print_tables(cells)
     if args.json:
         write_json(args.json, facts, measurements(cells))
-    return 0
 
 
 def print_tables(cells: Sequence[Cell]) -> None:

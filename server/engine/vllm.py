@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _MAX_CPU_KV_BYTES = 4 << 30
 _STOP_TIMEOUT_S = 20
 _DEATH_POLL_S = 0.25  # of a call that the engine may never answer
+_FORMS: dict[str, Form] = {"torch-csr": "csr", "triton-slots": "masked"}
 
 
 class VLLMEngine:
@@ -163,7 +164,7 @@ class VLLMEngine:
 
     async def measure(self, delta: EngineDelta) -> int:
         """Bytes that a delta will take in execution form on one worker, from its header."""
-        form: Form = "csr" if self.kernel == "torch-csr" else "sparse"
+        form = _FORMS.get(self.kernel, "sparse")
         try:
             return await asyncio.to_thread(execution_nbytes, Path(delta.path), form)
         except (OSError, DeltaError) as error:
@@ -331,7 +332,7 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "scheduling_policy": settings.scheduling_policy,
         "enforce_eager": settings.enforce_eager
-        or not on_cpu,  # the torch form of a delta cannot be captured in a CUDA graph
+        or not on_cpu,  # norms, tables and edits cannot be captured in a CUDA graph, and torch's form of a delta neither
         "enable_lora": True,
         "max_loras": settings.deltas_per_batch,
         "max_cpu_loras": max(settings.max_resident_deltas, settings.deltas_per_batch),
@@ -339,7 +340,13 @@ def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
         # One backend for all: vLLM starts the first one that a request needs and then compiles every grammar with it.
         # White space is JSON's least: small models otherwise write it to the token limit.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "additional_config": {"deltaworks": {"kernel": settings.kernel, "reserved_tokens": settings.reserved_tokens}},
+        "additional_config": {
+            "deltaworks": {
+                "kernel": settings.kernel,
+                "reserved_tokens": settings.reserved_tokens,
+                "slots": settings.max_resident_deltas + settings.max_resident_combinations,
+            }
+        },
         **grown_vocabulary(base, settings.reserved_tokens),
     }
 

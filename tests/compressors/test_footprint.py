@@ -13,6 +13,7 @@ from compressors.errors import ArtifactError
 from compressors.execution import Shard, changed_rows, outside_projections, raw_delta, sparse_factor
 from compressors.footprint import execution_nbytes
 from compressors.impart import ImPartConfig
+from compressors.kernels.masked import pack_piece
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.kernels.torch_csr import TorchCsr
 from tests.compressors.conftest import base_tensors, tuned_tensors
@@ -30,6 +31,16 @@ SETTINGS = [
 
 def loaded(form, artifact, name, record):
     return form.prepare([sparse_factor(artifact, name, Shard((0, record.shape[0]), (0, record.shape[1])))])
+
+
+class Masked:
+    """Loads as the GPU kernel does."""
+
+    def prepare(self, factors):
+        return [pack_piece(factor, torch.device("cpu")) for factor in factors]
+
+    def nbytes(self, prepared):
+        return sum(piece.buffer.nbytes for piece in prepared)
 
 
 def held(form, artifact: Artifact) -> int:
@@ -57,6 +68,8 @@ def test_every_method_is_measured(checkpoint, tmp_path: Path, config):
                 true <= execution_nbytes(path) < 4 * true
             )  # small matrices are mostly what is kept beside the entries
         assert execution_nbytes(path, "csr") == held(TorchCsr(torch.device("cpu")), artifact)
+        true = held(Masked(), artifact)
+        assert true <= execution_nbytes(path, "masked") < 1.5 * true
 
 
 def test_a_whole_fine_tune_is_measured_to_the_bytes_of_its_outside(checkpoint, tmp_path: Path):

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+import torch
+
 from compressors.kernels import measure
 from server.cli import main
 
@@ -37,3 +40,18 @@ def test_every_form_is_measured_against_the_base(monkeypatch, capsys, tmp_path):
     assert len(rows) == 2 * (2 + 1 + len(measure.FORMS))
     assert {row["ratio_to"] for row in rows} == {None, measure.BASE}
     assert all(row["value"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--device", "cuda"], "torch finds no GPU"),
+        (["--device", "cuda", "--level", "avx2"], "--level is for CPUs"),
+        (["--deltas", "4"], "--deltas is for --device cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(monkeypatch, capsys, options, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["deltaworks", "bench", "kernel", *options])
+    assert main() == 1
+    assert reason in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,10 @@ from server.engine.worker.plan import StepPlan
 
 
 class Kernel(Protocol):
-    """A product form: `native-sparse` in C++ or `torch-csr`. What `prepare` and `group` return is its own affair."""
+    """A product form: `native-sparse` in C++, `torch-csr`, or `triton-slots` on GPUs.
+
+    What `prepare` and `group` return is its own affair.
+    """
 
     name: str
 
@@ -67,6 +70,13 @@ class DeltaLinear:
     resident: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     _plan: StepPlan | None = None
     _turns: tuple[Any, ...] = ()
+
+    def install(self, adapter: int, parts: tuple[Any, ...]) -> None:
+        """Make a delta resident here; one that has nothing here need not be."""
+        self.resident[adapter] = parts
+
+    def drop(self, adapter: int) -> None:
+        self.resident.pop(adapter, None)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         """y [T, out] += the deltas of x [T, in], in place, for the rows that `plan` names."""
@@ -121,16 +131,17 @@ class DeltaLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's class
 
 
 def wrap_linears(
-    model: torch.nn.Module, state: DeltaState, forward_context: dict[str, Any]
+    model: torch.nn.Module, forward_context: dict[str, Any], deltas_of: Callable[[LinearBase], DeltaLinear]
 ) -> Mapping[str, tuple[LinearBase, DeltaLinear]]:
     """Wrap the quant method of every linear of `model`; returns them by module name.
 
-    `forward_context` is vLLM's layer table (`static_forward_context`), where the op of compiled graphs finds its linear.
+    `deltas_of` makes the holder of a linear's deltas. `forward_context` is vLLM's layer table (`static_forward_context`), where the
+    op of compiled graphs finds its linear.
     """
     wrapped = {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
-            linear = DeltaLinear(state)
+            linear = deltas_of(module)
             key = f"deltaworks.{name}"
             module.quant_method = DeltaLinearMethod(module.quant_method, linear, key)
             forward_context[key] = linear

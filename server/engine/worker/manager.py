@@ -20,21 +20,25 @@ from compressors.errors import DeltaError
 from compressors.execution import SparseFactor, native_masks, outside_projections, sparse_factor
 from compressors.factors import MaskSource
 from compressors.kernels.build import KernelUnavailableError
+from compressors.kernels.gpu import triton_problem
 from compressors.kernels.native import NativeKernel, NativeSparse
+from compressors.kernels.slots import SlotError
 from compressors.kernels.torch_csr import TorchCsr
 from compressors.masks import factor_rows
 from server.engine.worker.edits import EditPlane
-from server.engine.worker.linear import DeltaState, Kernel, op_library, wrap_linears
+from server.engine.worker.linear import DeltaLinear, DeltaState, Kernel, op_library, wrap_linears
 from server.engine.worker.memory import release_memory
 from server.engine.worker.outside import OutsidePlane, Prepared
 from server.engine.worker.placement import Placement, PlacementError
 from server.engine.worker.plan import Planner
 from server.engine.worker.reserve import RESERVE_KEY
+from server.engine.worker.slots import SlotPlane
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.linear import LinearBase
 
 logger = logging.getLogger("deltaworks.worker")
 
@@ -52,7 +56,8 @@ class DeltaManager:
         self._planner = Planner()
         self._resident_bytes: dict[int, int] = {}
         self._masks: MaskSource = factor_rows
-        self._state = DeltaState(self._kernel(settings.get("kernel", "auto")))
+        self._slots: SlotPlane | None = None  # on GPUs
+        self._state = DeltaState(self._kernel(settings))
         self._reserved: int = settings.get(RESERVE_KEY, 0)
         self.edits: EditPlane | None = None  # None also later, when the model has no layers that we can edit
         op_library()
@@ -62,7 +67,7 @@ class DeltaManager:
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> torch.nn.Module:
         """Wrap the linears and the decoder layers of the loaded base model; called once, before the first forward."""
         context = vllm_config.compilation_config.static_forward_context
-        wrapped = wrap_linears(model, self._state, context)
+        wrapped = wrap_linears(model, context, self._deltas_of)
         self._linears = {name: linear for name, (_, linear) in wrapped.items()}
         self._placement = Placement(model, {name: module for name, (module, _) in wrapped.items()})
         self._outside = OutsidePlane(model, self._placement, context, self._device, self._reserved)
@@ -70,7 +75,16 @@ class DeltaManager:
         logger.info("delta plane: %d linears, kernel %s", len(wrapped), self._state.kernel.name)
         return model
 
-    def _kernel(self, wanted: str) -> Kernel:
+    def _kernel(self, settings: dict[str, Any]) -> Kernel:
+        wanted = settings.get("kernel", "auto")
+        if wanted == "triton" or (wanted == "auto" and self._device.type == "cuda"):
+            problem = triton_problem(self._device)
+            if problem is None:
+                self._slots = SlotPlane.create(self._config, self._device, settings["slots"])
+                return self._slots.kernel
+            if wanted == "triton":
+                raise KernelUnavailableError(problem)
+            logger.warning("deltas are served with torch CSR: %s", problem)
         if self._device.type != "cpu" or wanted == "torch":
             return TorchCsr(self._device)
         try:
@@ -83,6 +97,9 @@ class DeltaManager:
         self._masks = native_masks(kernel.kept_rows)
         return NativeSparse(kernel, torch.get_num_threads())
 
+    def _deltas_of(self, module: LinearBase) -> DeltaLinear:
+        return DeltaLinear(self._state) if self._slots is None else self._slots.linear(self._state, module)
+
     # Deltas
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
@@ -93,10 +110,12 @@ class DeltaManager:
         started = time.perf_counter()
         kernel = self._state.kernel
         loaded, outside = self._load(Path(lora_request.lora_path), lora_request.lora_name)
-        ready = {name: kernel.prepare(factors) for name, factors in loaded.items()}
+        try:
+            ready = {name: kernel.prepare(factors) for name, factors in loaded.items()}
+        except torch.OutOfMemoryError as error:  # of a GPU
+            raise DeltaUnavailableError(f"delta {lora_request.lora_name:.12} cannot be loaded: {error}") from error
         nbytes = outside.nbytes + sum(kernel.nbytes(prepared) for prepared in ready.values())
-        for name, prepared in ready.items():
-            self._linears[name].resident[adapter] = (prepared,)
+        self._install(adapter, lora_request.lora_name, {name: (prepared,) for name, prepared in ready.items()})
         self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
@@ -120,15 +139,25 @@ class DeltaManager:
                 raise DeltaUnavailableError(f"combination {digest:.12} has a part that is not resident")
         kernel = self._state.kernel
         outside = self._outside.combine(parts)
-        nbytes = outside.nbytes
-        for linear in self._linears.values():
+        nbytes, scaled = outside.nbytes, {}
+        for name, linear in self._linears.items():
             held = [(one, weight) for part, weight in parts for one in linear.resident.get(part, ())]
             if held:
-                linear.resident[adapter] = tuple(kernel.scaled(one, weight) for one, weight in held)
-                nbytes += sum(kernel.nbytes(one) for one in linear.resident[adapter])
+                scaled[name] = tuple(kernel.scaled(one, weight) for one, weight in held)
+                nbytes += sum(kernel.nbytes(one) for one in scaled[name])
+        self._install(adapter, digest, scaled)
         self._outside.install(adapter, outside)
         self._resident_bytes[adapter] = nbytes
         self._forget_plans()
+
+    def _install(self, adapter: int, digest: str, parts: dict[str, tuple[Any, ...]]) -> None:
+        if self._slots is not None:
+            try:
+                self._slots.admit(adapter, [(self._linears[name], held) for name, held in parts.items()])
+            except SlotError as error:
+                raise DeltaUnavailableError(f"delta {digest:.12} cannot be loaded: {error}") from error
+        for name, held in parts.items():
+            self._linears[name].install(adapter, held)
 
     def _load(self, path: Path, digest: str) -> tuple[dict[str, list[SparseFactor]], Prepared]:
         loaded: dict[str, list[SparseFactor]] = {}
@@ -152,7 +181,9 @@ class DeltaManager:
         self._forget_plans()
         self._outside.remove(adapter_id)
         for linear in self._linears.values():
-            linear.resident.pop(adapter_id, None)
+            linear.drop(adapter_id)
+        if self._slots is not None:
+            self._slots.numbers.release(adapter_id)
         release_memory()
         return True
 
@@ -185,6 +216,8 @@ class DeltaManager:
         if mapping is not None:
             self._state.plan = self._planner.plan(mapping.index_mapping)
             self._outside.begin(self._state.plan, mapping.prompt_mapping)
+            if self._slots is not None:
+                self._slots.begin(self._state.plan)
 
     def scoring(self, adapter: int) -> AbstractContextManager[None]:
         """While the prompt of a request to `adapter` (0: the base) is scored: all its positions go through the head."""
