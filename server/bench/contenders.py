@@ -17,8 +17,9 @@ import numpy as np
 
 from server.config import EngineSettings
 from server.core import Sampling
+from server.engine.arguments import engine_arguments
 from server.engine.base import EngineDelta, EngineEdit
-from server.engine.vllm import VLLMEngine, engine_arguments
+from server.engine.vllm import VLLMEngine
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

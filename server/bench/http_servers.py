@@ -14,7 +14,7 @@ from typing import Any
 
 from server.child import Child, child_process, child_server, free_port
 from server.config import EngineSettings, Settings
-from server.engine.vllm import engine_arguments
+from server.engine.arguments import engine_arguments
 
 _START_TIMEOUT_S = 600
 _OURS = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config")

@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -21,6 +20,7 @@ from compressors.errors import DeltaError
 from compressors.footprint import Form, execution_nbytes
 from server.config import EngineSettings
 from server.core import FinishReason, Sampling, TokenEvent, TokenLogprob
+from server.engine.arguments import engine_arguments, set_environment
 from server.engine.base import (
     EditReport,
     EditUnavailableError,
@@ -35,7 +35,6 @@ from server.engine.base import (
 from server.engine.decoding import DeltaDecoding
 from server.engine.flags import passed_on
 from server.engine.sampling import check_grammar, sampling_error, sampling_params
-from server.engine.vocabulary import grown_vocabulary
 from server.engine.worker.positions import EditedRequest, Positions
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_MAX_CPU_KV_BYTES = 4 << 30
 _STOP_TIMEOUT_S = 20
 _DEATH_POLL_S = 0.25  # of a call that the engine may never answer
 _FORMS: dict[str, Form] = {"torch-csr": "csr", "triton-slots": "masked"}
@@ -255,7 +253,7 @@ class VLLMEngine:
 
     def _build(self) -> None:
         """Keeps vLLM's engine here and nowhere else: whatever else held it would hold it past `stop`."""
-        _set_environment(self._settings)
+        set_environment(self._settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.ompmultiprocessing import OMPProcessManager
@@ -279,11 +277,11 @@ class VLLMEngine:
             }
             if config.parallel_config.world_size > 1:  # vLLM's own flags ask for more workers, and vLLM starts them
                 self._llm = AsyncLLM(config, Executor.get_class(config), **told)
-                return
-            # The worker lives in the engine's process on CPUs too: one import and one hop less. vLLM asks for a process
-            # of the worker's own there, to give it OMP's variables; we give them to the engine's process, which is spawned.
-            with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-                self._llm = AsyncLLM(config, UniProcExecutor, **told)
+            else:
+                # The worker lives in the engine's process on CPUs too: one import and one hop less. vLLM asks for a process
+                # of the worker's own there, to give it OMP's variables; we give them to the engine's process, which is spawned.
+                with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+                    self._llm = AsyncLLM(config, UniProcExecutor, **told)
             self._decoding.install(self._llm.output_processor)
         except (ValueError, RuntimeError, OSError, IncompatibleEngineError) as error:
             raise EngineError(f"vLLM cannot serve {self._base}: {error}") from error
@@ -308,57 +306,6 @@ def _edit_report(replies: Sequence[dict[str, Any]]) -> EditReport:
         score=scores[0] if scores else None,
         applied=bool(positions),
     )
-
-
-def engine_arguments(base: Path, settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of vLLM's `EngineArgs` for our settings."""
-    from vllm.platforms import current_platform
-
-    from server.engine.worker.dtype import cpu_dtype
-
-    on_cpu: bool = current_platform.is_cpu()
-    dtype = cpu_dtype() if on_cpu and settings.dtype == "auto" else settings.dtype
-    kv_bytes = settings.kv_cache_bytes
-    if kv_bytes is None and on_cpu:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        kv_bytes = min(available // 4, _MAX_CPU_KV_BYTES)
-    return {
-        "model": str(base),
-        "served_model_name": base.resolve().name,  # in vLLM's metrics, which are public: no path
-        "dtype": dtype,
-        "max_model_len": settings.max_model_len,
-        "kv_cache_memory_bytes": kv_bytes,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "scheduling_policy": settings.scheduling_policy,
-        "enforce_eager": settings.enforce_eager
-        or not on_cpu,  # norms, tables and edits cannot be captured in a CUDA graph, and torch's form of a delta neither
-        "enable_lora": True,
-        "max_loras": settings.deltas_per_batch,
-        "max_cpu_loras": max(settings.max_resident_deltas, settings.deltas_per_batch),
-        "worker_extension_cls": "server.engine.worker.extension.DeltaWorker",
-        # One backend for all: vLLM starts the first one that a request needs and then compiles every grammar with it.
-        # White space is JSON's least: small models otherwise write it to the token limit.
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "additional_config": {
-            "deltaworks": {
-                "kernel": settings.kernel,
-                "reserved_tokens": settings.reserved_tokens,
-                "slots": settings.max_resident_deltas + settings.max_resident_combinations,
-            }
-        },
-        **grown_vocabulary(base, settings.reserved_tokens),
-    }
-
-
-def _set_environment(settings: EngineSettings) -> None:
-    """vLLM reads these at import and hands them to its child processes; what the user has set stays."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if settings.threads is not None:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
 
 
 def _events(output: RequestOutput, sampling: Sampling) -> list[TokenEvent]:

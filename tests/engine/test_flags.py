@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from server.config import EngineSettings
+from server.engine.arguments import engine_arguments
 from server.engine.base import EngineError
 from server.engine.flags import passed_on
-from server.engine.vllm import engine_arguments
 
 
 def test_values_are_read_as_on_vllms_command_line() -> None:

@@ -8,9 +8,9 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, RequestStateStats, SchedulerStats
 
 from server.core import RowTimes
+from server.engine.arguments import engine_arguments
 from server.engine.base import EngineStep
 from server.engine.stats import own_metrics, row_times, stat_loggers
-from server.engine.vllm import engine_arguments
 from tests.engine.bed import engine_settings
 
 

@@ -1,5 +1,7 @@
 """The GPU's data plane in the real engine, its kernels under Triton's interpreter: served equals merged, after a drop too."""
 
+import os
+
 import pytest
 
 from tests.compressors.triton_folder import triton_environment
@@ -17,6 +19,8 @@ def slot_runner(tiny_base, monkeypatch):
         pytest.skip("Triton is not here; `make test` fetches it")
     for name in ("PYTHONPATH", "TRITON_INTERPRET"):  # the worker is a child process
         monkeypatch.setenv(name, environment[name])
+    for folder in environment["PYTHONPATH"].split(os.pathsep):
+        monkeypatch.syspath_prepend(folder)  # which a spawned child takes over
     runner = Runner(tiny_base, engine_settings(kernel="triton", max_resident_deltas=2, deltas_per_batch=2))
     yield runner
     runner.stop()
