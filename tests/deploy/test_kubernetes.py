@@ -246,7 +246,7 @@ def test_autoscaler_and_disruption_budget(objects: Of) -> None:
     scaler = only(objects("everything"), "HorizontalPodAutoscaler")["spec"]
     assert scaler["scaleTargetRef"]["name"] == only(objects("everything"), "Deployment")["metadata"]["name"]
     registry = CollectorRegistry()
-    Telemetry(registry)
+    Telemetry(registry).watch_admission(lambda: 0, lambda: 0)
     names = {metric.name for metric in registry.collect()}
     assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} <= names
     budget = only(objects("default"), "PodDisruptionBudget")["spec"]
