@@ -217,7 +217,7 @@ class VLLMEngine:
     def _edited_request(self, edit: EngineEdit, ticket: str) -> EditedRequest:
         loaded = self._edits.get(edit.fingerprint)
         if loaded is None:
-            raise EngineDeadError("the engine has been restarted since the edit was loaded")
+            raise EngineDeadError("the edit is not resident; the engine may have been restarted since it was loaded")
         return EditedRequest(edit.fingerprint, ticket, loaded.positions, loaded.edits)
 
     async def _ask_workers(self, method: str, *args: object) -> list[Any]:

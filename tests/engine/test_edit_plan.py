@@ -345,6 +345,9 @@ class V1Runner:
     def _prepare_inputs(self, scheduler_output, num_scheduled_tokens):
         return "prepared"
 
+    def _get_prompt_logprobs_dict(self, hidden_states, num_scheduled_tokens):
+        return {}
+
 
 class V2Runner:
     def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
