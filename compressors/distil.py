@@ -53,7 +53,7 @@ class SignedLinear(nn.Module):
         return self.start * self.growth.exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = SignedProduct.apply(x, self.scale, self.base, self.signs)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = SignedProduct.apply(x, self.scale, self.base, self.signs)  # type: ignore[no-untyped-call]  # torch's own
         return y if self.bias is None else y + self.bias
 
 

@@ -81,6 +81,18 @@ def own_tokenizer(base: Path, fine_tune: Path, rows: int | None, base_rows: int 
     )
 
 
+def load(folder: Path) -> Any:
+    """transformers' tokenizer of a folder, from its files alone. Raises CheckpointError with what is wrong."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        if type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | AttributeError):
+            raise CheckpointError(str(error)) from error  # the tokenizers library raises bare exceptions
+        raise
+
+
 def with_end_token(told: int | list[int] | None, own: int | None) -> int | list[int] | None:
     """The end tokens of a config.json, and that of a tokenizer of one's own."""
     known = [told] if isinstance(told, int) else told or []
@@ -304,18 +316,13 @@ def _decoded(artifact: Artifact, name: str, file: TokenizerFile, ours: str) -> s
 
 def _state(texts: Mapping[str, str], base: Path) -> tuple[Any, ...]:
     """What decides how a tokenizer works, as it is when it is served: files of different versions may mean the same."""
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder:
         _write(texts, base, Path(folder))
         try:
-            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            loaded = load(Path(folder))
             text = canonical(VOCABULARY, loaded.backend_tokenizer.to_str())
-        except Exception as error:
-            if type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | AttributeError):
-                # The tokenizers library raises bare exceptions.
-                raise CheckpointError(f"the fine-tune's tokenizer, or its base's, cannot be loaded: {error}") from error
-            raise
+        except (CheckpointError, AttributeError) as error:
+            raise CheckpointError(f"the fine-tune's tokenizer, or its base's, cannot be loaded: {error}") from error
     flags = [getattr(loaded, flag, None) for flag in ("clean_up_tokenization_spaces", "add_bos_token", "add_eos_token")]
     return text, loaded.special_tokens_map, *flags
 

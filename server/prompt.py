@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 from jinja2 import TemplateError
 
+from compressors.errors import CheckpointError
+from compressors.tokenizer import load
 from server.core import (
     ChatPrompt,
     GatewayError,
@@ -190,15 +192,10 @@ class HuggingFaceTokenizer:
             raise TokenizerError(
                 f"the model folder {folder} has no tokenizer (tokenizer.json); copy the base's into it"
             )
-        from transformers import AutoTokenizer
-
         try:
-            self.loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            if type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | AttributeError):
-                # The tokenizers library raises bare exceptions.
-                raise TokenizerError(f"the tokenizer of the model folder {folder} cannot be read: {error}") from error
-            raise
+            self.loaded: Any = load(folder)
+        except CheckpointError as error:
+            raise TokenizerError(f"the tokenizer of the model folder {folder} cannot be read: {error}") from error
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text_config = config.get("text_config", config)
         self.vocab_size = int(text_config.get("vocab_size", len(self.loaded)))

@@ -198,7 +198,7 @@ async def _run(
     )
     config.load()
     protocol = guarded(config.http_protocol_class, settings.max_header_bytes, settings.header_timeout_s)
-    config.http_protocol_class = protocol  # type: ignore[assignment]
+    config.http_protocol_class = protocol  # type: ignore[assignment]  # uvicorn calls it, and asks for no class
     server = _Server(config, gateway, settings.shutdown_timeout_s)
     (host, port), *admin = [listener.getsockname()[:2] for listener in listeners]
     print(f"listening on http://{host}:{port}, the model is loading", flush=True)

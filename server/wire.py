@@ -134,8 +134,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InvalidJson(f"the body is not valid JSON: the key {twice[:_MAX_KEY]!r} is given twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise InvalidJson(f"the body is not valid JSON: the key {key[:_MAX_KEY]!r} is given twice")
+            seen.add(key)
     return found
 
 

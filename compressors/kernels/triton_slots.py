@@ -111,7 +111,8 @@ def add_slots(
 @functools.cache
 def define_op() -> torch.library.Library:
     """Define `deltaworks::add_slots`, with a fake implementation for tracing: once, because an op belongs to the process."""
-    library = torch.library.Library("deltaworks", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    # torch leaves its library untyped.
+    library = torch.library.Library("deltaworks", "FRAGMENT")  # type: ignore[no-untyped-call]
     table = "Tensor fields, Tensor weights, Tensor counts, Tensor rows, Tensor few, Tensor many, int max_rank"
     library.define(f"add_slots(Tensor(a!) y, Tensor x, {table}) -> ()")  # type: ignore[no-untyped-call]
     library.impl("add_slots", add_slots, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

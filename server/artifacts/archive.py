@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from gzip import GzipFile
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from server.artifacts.store import BodyTooLarge, Incoming
 from server.core import GatewayError
@@ -98,7 +99,12 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
         for info in archive.infolist():
             plain = info.external_attr >> 28 in (0, 8)  # without a Unix mode, or a regular file
             with archive.open(info) as file:
-                yield (info.filename if plain else ""), iter(lambda file=file: file.read(_CHUNK_BYTES), b"")  # type: ignore[misc]
+                yield (info.filename if plain else ""), _chunks(file)
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, Iterator[bytes]]]:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +18,7 @@ from tqdm import tqdm
 
 from compressors.artifact import Artifact
 from compressors.errors import DeltaError
-from server.bench.report import command, machine
+from server.bench.report import Used, command, ended, machine, used_by
 from steering.gate.answers import right
 
 if TYPE_CHECKING:
@@ -61,14 +57,10 @@ class Line:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except (DeltaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return ended(lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     from compressors.base import resolve_base
     from compressors.calibration import Calibration
     from compressors.divergence import Divergence
@@ -93,7 +85,6 @@ def _run(args: argparse.Namespace) -> int:
     _print(facts, references, lines)
     if args.plot is not None:
         plot(lines, args.plot)
-    return 0
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -171,7 +162,7 @@ def _line(base: Path, fine_tune: Path, ratio: float, config: Config, judge: _Jud
     drawn = "mask" in {one.name for one in fields(config)}
     path = folder / "delta.safetensors"
     outcomes = []
-    seconds, peak = _alone(base, fine_tune, config, path, folder / _HALF.format(0))
+    used = _alone(base, fine_tune, config, path, folder / _HALF.format(0))
     with Artifact.open(path) as artifact:
         ratios = artifact.manifest.ratios
     for seed in tqdm(range(seeds if drawn else 1), f"{config.method} at {ratio:g}x", unit="seed"):
@@ -191,13 +182,13 @@ def _line(base: Path, fine_tune: Path, ratio: float, config: Config, judge: _Jud
         values=ratios.values,
         projection_bytes=ratios.projection_bytes,
         whole_file=ratios.whole_file,
-        seconds=seconds,
-        peak_mib=peak,
+        seconds=used.seconds,
+        peak_mib=used.peak_mib,
     )
 
 
-def _alone(base: Path, fine_tune: Path, config: Config, out: Path, text: Path) -> tuple[float, float]:
-    """Compress in a process of its own: seconds and peak resident MiB, start of Python and torch included.
+def _alone(base: Path, fine_tune: Path, config: Config, out: Path, text: Path) -> Used:
+    """Compress in a process of its own.
 
     `text`: chats to distil scales on.
     """
@@ -210,18 +201,7 @@ def _alone(base: Path, fine_tune: Path, config: Config, out: Path, text: Path) -
     if steps := getattr(config, "distil", 0):
         flags += ["--distil", "--distil-steps", str(steps), "--calibration", str(text)]
     arguments = ["delta", "compress", str(base), str(fine_tune), "-o", str(out), "--method", config.method, *flags]
-    started = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert child.stderr is not None
-    with child.stderr:
-        said = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise DeltaError(f"{config.method} failed: {said.decode(errors='replace')[-300:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return used_by(["-m", "server.cli", *arguments])
 
 
 def _save(

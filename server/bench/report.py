@@ -7,10 +7,14 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from compressors.errors import DeltaError
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,39 @@ def _cpu_model() -> str:
     parsed = {key.strip(): value.strip() for key, value in fields.items()}
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in parsed.get("flags", "").split()]
     return f"{parsed.get('model name', platform.processor())} ({', '.join(wide) or 'no wide vectors'})"
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a process took, its start included."""
+
+    seconds: float
+    cpu_s: float
+    peak_mib: float  # resident
+
+
+def used_by(words: Sequence[str]) -> Used:
+    """Run `python WORDS` as a process of its own. Raises DeltaError with the end of what a failing one said."""
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    with child.stderr:
+        said = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise DeltaError(f"python {shlex.join(words)} failed: {said.decode(errors='replace')[-300:]}")
+    return Used(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def ended(run: Callable[[], None]) -> int:
+    """The exit status of a bench of compression: 1 where it raised DeltaError or OSError, which is printed."""
+    try:
+        run()
+    except (DeltaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def print_report(machine_facts: dict[str, str], rows: Sequence[Measurement]) -> None:

@@ -1,10 +1,12 @@
 """An S3 server on loopback (moto), whose requests and answers a test may look at and spoil."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import boto3
+import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -46,3 +48,15 @@ class S3Server:
             return []
         start_response(*begun[0])
         return answer
+
+
+@contextmanager
+def running_s3() -> Iterator[S3Server]:
+    """A server that has the bucket, with credentials for it in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        server = S3Server()
+        server.client().create_bucket(Bucket=BUCKET)
+        yield server
+        server.stop()

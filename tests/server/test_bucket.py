@@ -12,18 +12,13 @@ from server.artifacts import bucket as module
 from server.artifacts.backing import FileChanged, StoreError, StoreUnavailable
 from server.artifacts.bucket import Bucket
 from server.artifacts.store import Store
-from tests.server.s3_server import BUCKET, S3Server
+from tests.server.s3_server import BUCKET, S3Server, running_s3
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
-        server = S3Server()
-        server.client().create_bucket(Bucket=BUCKET)
+    with running_s3() as server:
         yield server
-        server.stop()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from server.artifacts.bucket import Bucket
 from server.artifacts.store import Store
 from server.config import Settings
 from tests.server.conftest import ADMIN, ByteTokenizer, FakeEngine, House
-from tests.server.s3_server import BUCKET, S3Server
+from tests.server.s3_server import BUCKET, S3Server, running_s3
 
 pytestmark = pytest.mark.anyio
 
@@ -26,13 +26,8 @@ OpenStore = Callable[[], Store]
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
-        server = S3Server()
-        server.client().create_bucket(Bucket=BUCKET)
+    with running_s3() as server:
         yield server
-        server.stop()
 
 
 @pytest.fixture(params=["folder", "bucket"])
