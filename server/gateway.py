@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server.admission import Admission, Permit
+from server.artifacts.background import Background
 from server.artifacts.delta_pool import DeltaPool
-from server.artifacts.follower import Follower
 from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
-from server.artifacts.watcher import Watcher
 from server.config import RestartSettings
 from server.core import (
     ChatPrompt,
@@ -74,7 +73,7 @@ class Gateway:
         restart: RestartSettings,
         engine_metrics: EngineMetrics,
         metrics: GenerationMetrics,
-        background: Sequence[Follower | Watcher],
+        background: Sequence[Background],
     ) -> None:
         self._engine = engine
         self._registry = registry

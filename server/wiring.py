@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from server.admission import Admission
 from server.artifacts.adapters import AdapterFolder
+from server.artifacts.background import Background
 from server.artifacts.checks import Checks
 from server.artifacts.combination_pool import CombinationPool
 from server.artifacts.delta_pool import DeltaPool
@@ -214,9 +215,9 @@ def _adapters(root: Path | None, deltas: DeltaLifecycle, checks: Checks) -> Adap
     return AdapterFolder(root, deltas, checks.convert) if root else None
 
 
-def _background(settings: Settings, shelf: Shelf, deltas: DeltaLifecycle, checks: Checks) -> list[Follower | Watcher]:
+def _background(settings: Settings, shelf: Shelf, deltas: DeltaLifecycle, checks: Checks) -> list[Background]:
     place = settings.store
-    background: list[Follower | Watcher] = [Follower(shelf, place.refresh_s, deltas.followed)]
+    background: list[Background] = [Follower(shelf, place.refresh_s, deltas.followed)]
     if place.delta_dir:
         watched = AdapterFolder(place.delta_dir, deltas, checks.convert)
         background.append(Watcher(watched, deltas, place.refresh_s, settings.server.max_upload_bytes))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compressors.errors import DeltaError
 from server.artifacts.adapters import AdapterFolder
+from server.artifacts.background import Background
 from server.artifacts.lifecycle import DeltaLifecycle
 from server.core import GatewayError
 
@@ -16,11 +17,13 @@ log = logging.getLogger("deltaworks.watcher")
 Sign = tuple[tuple[int, int, int], ...]  # (inode, size, mtime) of every file of an adapter
 
 
-class Watcher:
+class Watcher(Background):
     """Publishes NAME.safetensors and PEFT folders NAME, and again when they change. What leaves the folder stays published.
 
     An adapter is read when it has looked the same twice: it may still be on its way.
     """
+
+    what = "watching the folder of deltas"
 
     def __init__(self, folder: AdapterFolder, deltas: DeltaLifecycle, interval_s: float, max_bytes: int) -> None:
         self._folder = folder
@@ -29,18 +32,8 @@ class Watcher:
         self._max_bytes = max_bytes
         self._seen: dict[str, Sign] = {}
         self._done: dict[str, Sign] = {}
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
         while True:
             for path, sign in (await asyncio.to_thread(_look, self._folder.root)).items():
                 if self._seen.get(path) == sign != self._done.get(path):
