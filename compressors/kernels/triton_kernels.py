@@ -69,6 +69,15 @@ def _add_product(acc, z, w, kind, FAST: tl.constexpr, INTERPRETED: tl.constexpr)
 
 
 @triton.jit
+def _rows_of_tile(tiles, rows, BLOCK_T: tl.constexpr):
+    """(places in this program's tile, which of them are taken, their rows of x and y)."""
+    t = tl.arange(0, BLOCK_T)
+    live = t < tl.load(tiles + 3 * tl.program_id(0) + 2)
+    row = tl.load(rows + tl.load(tiles + 3 * tl.program_id(0) + 1) + t, mask=live, other=0).to(tl.int64)
+    return t, live, row
+
+
+@triton.jit
 def shrink(
     x, x_stride, h, h_rows, max_rank, inputs, part_width, num_parts, fields, weights, counts, rows, tiles,
     PIECES: tl.constexpr, PROGRAMS: tl.constexpr, FAST: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -78,9 +87,7 @@ def shrink(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     if slot < 0:
         return
-    t = tl.arange(0, BLOCK_T)
-    live = t < tl.load(tiles + 3 * tl.program_id(0) + 2)
-    row = tl.load(rows + tl.load(tiles + 3 * tl.program_id(0) + 1) + t, mask=live, other=0).to(tl.int64)
+    t, live, row = _rows_of_tile(tiles, rows, BLOCK_T)
     part = tl.program_id(1)
     h_row = (part * h_rows + tl.program_id(0) * BLOCK_T + t).to(tl.int64)
     end = tl.minimum((part + 1) * part_width, inputs)
@@ -117,9 +124,7 @@ def expand(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     if slot < 0:
         return
-    t = tl.arange(0, BLOCK_T)
-    live = t < tl.load(tiles + 3 * tl.program_id(0) + 2)
-    row = tl.load(rows + tl.load(tiles + 3 * tl.program_id(0) + 1) + t, mask=live, other=0).to(tl.int64)
+    t, live, row = _rows_of_tile(tiles, rows, BLOCK_T)
     h_row = (tl.program_id(0) * BLOCK_T + t).to(tl.int64)
     first = tl.program_id(1) * BLOCK_O
     total = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)

@@ -44,6 +44,13 @@ def tuned_tensors(seed: int = 1) -> Tensors:
     return tensors
 
 
+def drawn(shape: tuple[int, int], seed: int, size: float = 0.02) -> torch.Tensor:
+    """A matrix of six directions and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    spikes = torch.randn(shape[0], 6, generator=generator) @ torch.randn(6, shape[1], generator=generator)
+    return size * (spikes / 4 + torch.randn(shape, generator=generator))
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Writes a model folder: checkpoint("name", tensors, **config)."""

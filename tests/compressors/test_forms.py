@@ -29,7 +29,7 @@ from compressors.record import Unwritten
 from compressors.values import VALUE_DTYPES
 from compressors.verify import verify
 from server.cli import main
-from tests.compressors.conftest import LAYER, base_tensors
+from tests.compressors.conftest import LAYER, base_tensors, drawn
 
 SHAPES = {f"{LAYER}.self_attn.q_proj.weight": (160, 160), f"{LAYER}.mlp.up_proj.weight": (600, 160)}
 METHODS = (
@@ -38,12 +38,6 @@ METHODS = (
     (ImPartQtConfig, {}),
     (DareConfig, {"value_dtype": "int8"}),
 )
-
-
-def drawn(shape, seed, size):
-    generator = torch.Generator().manual_seed(seed)
-    spikes = torch.randn(shape[0], 6, generator=generator) @ torch.randn(6, shape[1], generator=generator)
-    return size * (spikes / 4 + torch.randn(shape, generator=generator))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The C++ kernel, at every instruction level and in every form, and the torch form against plain fp32 products."""
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,44 @@ def loudness(x, parts):
     return max(found)
 
 
+@dataclass
+class Step:
+    """x, y, and the deltas of some of the rows: (factors of the linear's parts, rows) of each."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    parts: list[tuple[list[SparseFactor], np.ndarray]]
+    others: np.ndarray  # rows that stay with the base
+
+    @classmethod
+    def drawn(cls, rng, shape, group_rows, others, bf16, make):
+        """`shape`: outs of the parts, and the size of x; `make(out, offset)` gives a factor."""
+        (outs, size), dtype = shape, torch.bfloat16 if bf16 else torch.float32
+        total = sum(group_rows) + others  # the others stay with the base; none of them: all rows have a delta
+        order = rng.permutation(total)
+        x = torch.from_numpy(rng.standard_normal((total, size)).astype(np.float32)).to(dtype)
+        y = torch.from_numpy(rng.standard_normal((total, sum(outs))).astype(np.float32)).to(dtype)
+        parts, first = [], 0
+        for count in group_rows:
+            rows = np.sort(order[first : first + count]).astype(np.int64)
+            first += count
+            parts.append(([make(out, sum(outs[:i])) for i, out in enumerate(outs)], rows))
+        return cls(x, y, parts, order[first:])
+
+    @property
+    def expected(self):
+        return add_deltas(self.y, self.x, self.parts)
+
+    def applied(self, product):
+        """What the product makes of y; that it leaves the other rows alone is asserted."""
+        y = self.y.clone()
+        groups = product.group([(product.prepare(factors), rows) for factors, rows in self.parts])
+        if groups is not None:
+            product.apply(y, self.x, groups)
+        assert torch.equal(y[self.others], self.y[self.others])
+        return y
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -131,28 +169,15 @@ def test_adds_the_deltas_of_the_named_rows_and_touches_no_other(
         product = TorchCsr(torch.device("cpu"))
     else:
         product = products[level](threads, choose(level) if form == CHOSEN else FORMS[form])
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    total = sum(group_rows) + others  # the others stay with the base; none of them: all rows have a delta
-    order = rng.permutation(total)
-    x = torch.from_numpy(rng.standard_normal((total, size)).astype(np.float32)).to(dtype)
-    y = torch.from_numpy(rng.standard_normal((total, sum(outs))).astype(np.float32)).to(dtype)
-    before, parts, first = y.clone(), [], 0
-    for count in group_rows:
-        rows = np.sort(order[first : first + count]).astype(np.int64)
-        first += count
-        factors = []
-        for i, out in enumerate(outs):
-            make = picking_factor if picking else random_factor
-            shape = (out, size, sum(outs[:i]))
-            own = (density,) if picking else (min(rank, out, size), density)
-            factors.append(make(rng, *shape, *own, kind))
-        parts.append((factors, rows))
-    groups = product.group([(product.prepare(factors), rows) for factors, rows in parts])
-    if groups is not None:
-        product.apply(y, x, groups)
-    close(y, add_deltas(before, x, parts), bf16, loudness(x, parts) if form == "expanded bf16" else 0.0)
-    untouched = order[first:]
-    assert torch.equal(y[untouched], before[untouched])
+    make_factor = picking_factor if picking else random_factor
+
+    def make(out, offset):
+        own = (density,) if picking else (min(rank, out, size), density)
+        return make_factor(rng, out, size, offset, *own, kind)
+
+    step = Step.drawn(rng, (outs, size), group_rows, others, bf16, make)
+    loud = loudness(step.x, step.parts) if form == "expanded bf16" else 0.0
+    close(step.applied(product), step.expected, bf16, loud)
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)

@@ -21,7 +21,7 @@ from compressors.quantize import ImPartQtConfig
 from compressors.ratios import recount
 from compressors.values import VALUE_DTYPES, round_columns
 from compressors.verify import KNOWN_METHODS, verify
-from tests.compressors.conftest import LAYER, base_tensors
+from tests.compressors.conftest import LAYER, base_tensors, drawn
 
 WIDE = f"{LAYER}.mlp.up_proj.weight"
 SHAPES = {f"{LAYER}.self_attn.q_proj.weight": (256, 256), WIDE: (640, 256), f"{LAYER}.mlp.down_proj.weight": (256, 640)}
@@ -34,12 +34,6 @@ SETTINGS = [
     BitDeltaConfig(),
     BitDeltaConfig(per_row=True),
 ]
-
-
-def drawn(shape, seed, size=0.02):
-    generator = torch.Generator().manual_seed(seed)
-    spikes = torch.randn(shape[0], 6, generator=generator) @ torch.randn(6, shape[1], generator=generator)
-    return size * (spikes / 4 + torch.randn(shape, generator=generator))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from compressors.kernels.measure_gpu import LORA, SLOTS, Setting, equal_rank, ta
 from compressors.kernels.reference import add_deltas, dense_delta
 from compressors.kernels.slots import SlotRows, SlotTable
 from compressors.kernels.triton_slots import TritonSlots, launches
-from tests.compressors.test_kernels import KINDS, close, picking_factor, random_factor
+from tests.compressors.test_kernels import KINDS, Step, close, picking_factor, random_factor
 
 CPU = torch.device("cpu")
 
@@ -56,24 +56,13 @@ def made(rng, how, out, size, offset, rank, density, kind):
 def test_adds_the_deltas_of_the_named_rows_and_touches_no_other(
     seed, outs, size, rank, density, group_rows, others, kind, how, bf16
 ):
-    rng, product = np.random.default_rng(seed), TritonSlots(CPU)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    total = sum(group_rows) + others
-    order = rng.permutation(total)
-    x = torch.from_numpy(rng.standard_normal((total, size)).astype(np.float32)).to(dtype)
-    y = torch.from_numpy(rng.standard_normal((total, sum(outs))).astype(np.float32)).to(dtype)
-    before, parts, first = y.clone(), [], 0
-    for count in group_rows:
-        rows = np.sort(order[first : first + count]).astype(np.int64)
-        first += count
-        factors = [made(rng, how, out, size, sum(outs[:i]), rank, density, kind) for i, out in enumerate(outs)]
-        parts.append((factors, rows))
-    groups = product.group([(product.prepare(factors), rows) for factors, rows in parts])
-    if groups is not None:
-        product.apply(y, x, groups)
-    close(y, add_deltas(before, x, parts), bf16)
-    untouched = order[first:]
-    assert torch.equal(y[untouched], before[untouched])
+    rng = np.random.default_rng(seed)
+
+    def make(out, offset):
+        return made(rng, how, out, size, offset, rank, density, kind)
+
+    step = Step.drawn(rng, (outs, size), group_rows, others, bf16, make)
+    close(step.applied(TritonSlots(CPU)), step.expected, bf16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
