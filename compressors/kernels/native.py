@@ -288,10 +288,10 @@ class NativeSparse:
             for start, stop in _blocks(len(x)):
                 own = x[start:stop]
                 z = ((own if factor.identity_u else own @ v.T).float() * scale).to(dtype)
-                if isinstance(rows, slice) and dtype is y.dtype:
-                    part[rows.start + start : rows.start + stop].addmm_(z, u)
+                at = slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
+                if isinstance(at, slice) and dtype is y.dtype:
+                    part[at].addmm_(z, u)
                 else:
-                    at = slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
                     part[at] = torch.addmm(part[at].to(dtype), z, u).to(y.dtype)
 
     def expand(self, prepared: NativeFactors, index: int, side: int, dtype: torch.dtype) -> torch.Tensor:
