@@ -35,7 +35,7 @@ from server.metrics.generation import GenerationMetrics
 from server.prompt import PromptRenderer
 from server.proof import EditNotApplied, Proof, together
 from server.steering import Plan, Planner, edited_positions
-from server.supervisor import EngineMetrics, State, Supervisor
+from server.supervisor import LifeMetrics, State, Supervisor
 from server.tools import Toolbox
 from server.turns import Flow, Turns
 
@@ -71,7 +71,7 @@ class Gateway:
         gate: Gate,
         turns: Turns,
         restart: RestartSettings,
-        engine_metrics: EngineMetrics,
+        life_metrics: LifeMetrics,
         metrics: GenerationMetrics,
         background: Sequence[Background],
     ) -> None:
@@ -89,7 +89,7 @@ class Gateway:
         self._background = background
         self.base_fingerprint = planner.base_fingerprint
         self.created = int(time.time())  # of the base, as /v1/models shows it
-        self.supervisor = Supervisor(engine, restart, engine_metrics, self._forget_residents, self._restore_residents)
+        self.supervisor = Supervisor(engine, restart, life_metrics, self._forget_residents, self._restore_residents)
 
     @property
     def max_model_len(self) -> int | None:

@@ -35,7 +35,7 @@ class Draining(GatewayError):
     """The server is stopping, or was told to take no new requests."""
 
 
-class EngineMetrics:
+class LifeMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.up = Gauge("deltaworks_engine_up", "Whether the engine answers.", registry=registry)
         self.restarts = Counter(
@@ -52,7 +52,7 @@ class Supervisor:
         self,
         engine: Engine,
         settings: RestartSettings,
-        metrics: EngineMetrics,
+        metrics: LifeMetrics,
         lost: Callable[[], Awaitable[None]],
         back: Callable[[bool], None],
     ) -> None:

@@ -38,7 +38,7 @@ from server.own_tokenizers import OwnTokenizers
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
 from server.steering import Planner
-from server.supervisor import EngineMetrics, State
+from server.supervisor import LifeMetrics, State
 from server.telemetry import Telemetry
 from server.tool_template import choose
 from server.tools import Toolbox
@@ -92,7 +92,7 @@ def wire(
         Gate(settings.gate, known, prober, base.fingerprint),
         _turns(settings, telemetry),
         settings.engine.restart,
-        EngineMetrics(telemetry.registry),
+        LifeMetrics(telemetry.registry),
         telemetry.generation,
         _background(settings, shelf, lifecycle, checks),
     )
