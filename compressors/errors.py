@@ -6,7 +6,8 @@ DeltaError
 ├── UnknownMethodError     it names a compression method that this version does not know
 ├── BaseMismatchError      it belongs to another base model
 ├── CheckpointError        a base or fine-tune folder cannot be used
-└── BudgetError            the asked ratio or setting cannot be met
+├── BudgetError            the asked ratio or setting cannot be met
+└── SlotError              the GPU kernels' buffers, sized at start, have no room for it
 """
 
 
@@ -43,3 +44,7 @@ class CheckpointError(DeltaError):
 
 class BudgetError(DeltaError):
     """Compression settings that cannot be met."""
+
+
+class SlotError(DeltaError):
+    """A delta does not fit the buffers that were set up at start; the message says which limit."""

@@ -113,6 +113,7 @@ TABLE: dict[type[Exception], Mapping] = {
     delta_errors.BaseMismatchError: Mapping(400, REQUEST, "delta_base_mismatch"),
     delta_errors.CheckpointError: Mapping(400, REQUEST, "delta_invalid"),
     delta_errors.BudgetError: Mapping(400, REQUEST, "delta_invalid"),
+    delta_errors.SlotError: Mapping(507, STORAGE, "delta_too_large"),
     steering_errors.SteeringError: Mapping(400, REQUEST, "steering_invalid"),
     steering_errors.ProfileError: Mapping(400, REQUEST, "profile_invalid"),
     steering_errors.SAEFormatError: Mapping(400, REQUEST, "sae_invalid"),

@@ -13,16 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.errors import DeltaError
+from compressors.errors import SlotError
 from compressors.kernels.masked import FIELDS, Piece
 
 COMBINED = 4  # deltas that a combination may have
 FEW_ROWS = 16  # a delta with at most so many rows in a step takes the decode kernel, in one tile
 MANY_ROWS = 64  # rows of a tile of the prefill kernel
-
-
-class SlotError(DeltaError):
-    """A delta does not fit the buffers that were set up at start; the message says which limit."""
 
 
 class SlotTable:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressors.errors import SlotError
 from compressors.kernels.gpu import triton_problem
 from compressors.kernels.masked import (
     FIELDS,
@@ -20,7 +21,7 @@ from compressors.kernels.masked import (
     split_inputs,
 )
 from compressors.kernels.reference import dense_delta
-from compressors.kernels.slots import FEW_ROWS, SlotError, SlotNumbers, SlotRows, SlotTable, num_many
+from compressors.kernels.slots import FEW_ROWS, SlotNumbers, SlotRows, SlotTable, num_many
 from tests.compressors.test_kernels import KINDS, picking_factor, random_factor
 
 CPU = torch.device("cpu")

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressors.artifact import Artifact
-from compressors.errors import DeltaError
+from compressors.errors import DeltaError, SlotError
 from compressors.execution import SparseFactor, native_masks, outside_projections, sparse_factor
 from compressors.factors import MaskSource
 from compressors.kernels.build import KernelUnavailableError
 from compressors.kernels.gpu import triton_problem
 from compressors.kernels.native import NativeKernel, NativeSparse
-from compressors.kernels.slots import SlotError
 from compressors.kernels.torch_csr import TorchCsr
 from compressors.masks import factor_rows
 from server.engine.worker.edits import EditPlane
