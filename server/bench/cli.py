@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
     steer.set_defaults(run=_steer)
     _add_gateway(actions)
+    _add_soak(actions)
     _add_kernel(actions)
     _add_gate(actions)
     _add_compress(actions)
@@ -51,6 +52,25 @@ def _add_gateway(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--zipf", action=argparse.BooleanOptionalAction, default=True, help="also 64 deltas over 8 places"
     )
     gateway.set_defaults(run=_gateway)
+
+
+def _add_soak(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    soak = actions.add_parser(
+        "soak", help="what a gateway holds, gives back and survives: streams, loads, leavers, a mixed load"
+    )
+    soak.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
+    soak.add_argument(
+        "--deltas", type=Path, default=Path("deploy/demo"), help="folder of deltas of the base (default: %(default)s)"
+    )
+    soak.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (default: %(default)s)")
+    soak.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
+    soak.add_argument("--max-num-seqs", type=int, default=16, help="of the engine (default: %(default)s)")
+    soak.add_argument("--streams", type=int, default=1000, help="held open at once (default: %(default)s)")
+    soak.add_argument("--cycles", type=int, default=200, help="of loading and unloading (default: %(default)s)")
+    soak.add_argument("--clients", type=int, default=16, help="that ask at once (default: %(default)s)")
+    soak.add_argument("--minutes", type=float, default=10.0, help="of the mixed load (default: %(default)g)")
+    soak.add_argument("--json", type=Path, help="also write the rows to this file")
+    soak.set_defaults(run=_soak)
 
 
 def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -174,6 +194,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _gateway(args: argparse.Namespace) -> int:
     from server.bench.gateway import run
+
+    return run(args)
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from server.bench.soak import run
 
     return run(args)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import signal
 import statistics
 import sys
@@ -26,11 +25,12 @@ from tqdm import tqdm
 from compressors.base import resolve_base
 from compressors.errors import DeltaError
 from server.bench.http_load import HttpLoad, Round, percentile, run_load, zipf
-from server.bench.http_servers import Served, cpu_seconds, gateway_server, vllm_server
+from server.bench.http_servers import Served, cpu_seconds, engine_settings, gateway_server, upload, vllm_server
 from server.bench.report import Measurement, machine, print_report, write_json
 from server.bench.serve import make_deltas
 from server.child import ChildError
-from server.demo_calls import DemoError, expect
+from server.config import Settings
+from server.demo_calls import DemoError
 
 BASE = "base"  # its name at both servers
 PLACES, DELTAS = 8, 64
@@ -78,15 +78,17 @@ def _measured(args: argparse.Namespace) -> list[Measurement]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltaworks-bench-")))
         print("starting two servers ...", file=sys.stderr)
+        settings = Settings(engine=engine_settings(args, PLACES))
         servers = {
-            "gateway": stack.enter_context(gateway_server(base, args, folder, BASE, PLACES)),
+            "gateway": stack.enter_context(gateway_server(base, settings, folder, BASE)),
             "vLLM's server": stack.enter_context(vllm_server(base, args, folder, BASE, PLACES)),
         }
         for served in servers.values():
             served.wait_ready()
         rows = compared(asyncio.run(_rounds(servers, _loads(args), args.repeats)))
         if args.zipf:
-            names = _upload(servers["gateway"], sources, folder)
+            deltas = (Path(one.path) for one in make_deltas(sources, folder, DELTAS))
+            names = upload(servers["gateway"], tqdm(deltas, desc="uploading", unit="delta", total=DELTAS))
             rows += beside(asyncio.run(_over_places(servers["gateway"], names, args)))
     return rows
 
@@ -140,17 +142,6 @@ async def _over_places(served: Served, names: Sequence[str], args: argparse.Name
             load = HttpLoad(title, models, args.prompt_tokens, args.tokens, _OVER_CLIENTS)
             found[title].append(await _round(served, load, turn))
     return {title: rounds[1:] for title, rounds in found.items()}
-
-
-def _upload(served: Served, sources: Sequence[Path], folder: Path) -> list[str]:
-    """Demo deltas with other mask seeds, under names of their own."""
-    deltas = make_deltas(list(sources), folder, DELTAS)
-    with httpx.Client(base_url=served.child.url, headers=served.child.admin_headers, timeout=120) as client:
-        for number, delta in enumerate(tqdm(deltas, desc="uploading", unit="delta")):
-            data = Path(delta.path).read_bytes()
-            form = {"name": f"delta-{number}", "sha256": hashlib.sha256(data).hexdigest()}
-            expect(client.post("/v1/admin/deltas", data=form, files={"file": ("delta", data)}), (200, 201))
-    return [f"delta-{number}" for number in range(DELTAS)]
 
 
 def figures(rounds: Sequence[Round]) -> list[Figure]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from server.child import Child, child_process, child_server, free_port
 from server.config import EngineSettings, Settings
+from server.demo_calls import expect
 from server.engine.arguments import engine_arguments
 
 _START_TIMEOUT_S = 600
 _OURS = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config")
-_TICKS = os.sysconf("SC_CLK_TCK")
+_TICKS, _PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ def engine_settings(args: argparse.Namespace, places: int) -> EngineSettings:
 
 
 @contextmanager
-def gateway_server(base: Path, args: argparse.Namespace, folder: Path, name: str, places: int) -> Iterator[Served]:
+def gateway_server(base: Path, settings: Settings, folder: Path, name: str) -> Iterator[Served]:
     config = folder / "gateway.toml"
-    config.write_text(Settings(engine=engine_settings(args, places)).to_toml(), encoding="utf-8")
+    config.write_text(settings.to_toml(), encoding="utf-8")
     with child_server(folder, [str(base), "--config", str(config), "--served-name", name]) as child:
         yield Served(child)
 
@@ -87,14 +91,38 @@ def _words(flag: str, value: Any) -> list[str]:
     return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
+def upload(served: Served, deltas: Iterable[Path]) -> list[str]:
+    """Upload deltas as delta-0, delta-1, …; returns these names. Raises DemoError."""
+    names = []
+    with httpx.Client(base_url=served.child.url, headers=served.child.admin_headers, timeout=120) as client:
+        for number, path in enumerate(deltas):
+            data = path.read_bytes()
+            form = {"name": f"delta-{number}", "sha256": hashlib.sha256(data).hexdigest()}
+            expect(client.post("/v1/admin/deltas", data=form, files={"file": ("delta", data)}), (200, 201))
+            names.append(form["name"])
+    return names
+
+
 def cpu_seconds(session: int) -> float:
     """User and system time of all processes of a session; those that have ended are counted by the parents that waited for them."""
-    ticks = 0
+    return (
+        sum(sum(map(int, fields[11:15])) for fields in _session(session).values()) / _TICKS
+    )  # utime, stime, cutime, cstime
+
+
+def resident_mib(session: int) -> dict[int, float]:
+    """Resident memory of every process of a session, by its id."""
+    return {pid: int(fields[21]) * _PAGE / 2**20 for pid, fields in _session(session).items()}
+
+
+def _session(session: int) -> dict[int, list[str]]:
+    """The processes of a session: what /proc/PID/stat says behind the name."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue  # ended meanwhile
         if int(fields[3]) == session:
-            ticks += sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
-    return ticks / _TICKS
+            found[int(stat.parent.name)] = fields
+    return found
