@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server import errors
-from server.access import AccessMiddleware, App, Receive, Send
+from server.access import AccessMiddleware, Receive, Send
 from server.auth import require_admin, require_inference
 from server.keys import Keys
 from server.routes import adapters, artifacts, generation, health, models, operation, tokens
@@ -108,19 +108,21 @@ def _routes(table: Table) -> tuple[APIRoute, ...]:
     )
 
 
-def split_app(context: Context, keys: Keys, admin_port: int) -> App:
+class SplitApp:
     """Two applications over the same collaborators, told apart by the port that a connection came to.
 
     The admin plane is at `admin_port` and nowhere else; that port has no other routes than it and the public ones.
     """
-    rest = create_app(context, keys, tuple(route for route in ROUTES if not _of_admin_plane(route)))
-    admin = create_app(context, keys, tuple(route for route in ROUTES if route[0] == PUBLIC or _of_admin_plane(route)))
 
-    async def app(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    def __init__(self, context: Context, keys: Keys, admin_port: int) -> None:
+        self.rest = create_app(context, keys, tuple(route for route in ROUTES if not _of_admin_plane(route)))
+        of_admins = tuple(route for route in ROUTES if route[0] == PUBLIC or _of_admin_plane(route))
+        self.admin = create_app(context, keys, of_admins)
+        self._admin_port = admin_port
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         # The socket's own address, never what a header says.
-        await (admin if scope["server"][1] == admin_port else rest)(scope, receive, send)
-
-    return app
+        await (self.admin if scope["server"][1] == self._admin_port else self.rest)(scope, receive, send)
 
 
 def _of_admin_plane(route: Route) -> bool:

@@ -25,7 +25,7 @@ from compressors.errors import DeltaError
 from compressors.fingerprint import fingerprint, stored_tensors
 from compressors.verify import Report, verify
 from server.access import App
-from server.app import create_app, split_app
+from server.app import SplitApp, create_app
 from server.artifacts.backing import StoreError, StoreUnavailable
 from server.artifacts.checks import (
     Checks,
@@ -152,7 +152,7 @@ def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Key
 def _app(context: Context, keys: Keys, listeners: Sequence[socket.socket]) -> App:
     if len(listeners) == 1:
         return create_app(context, keys)
-    return split_app(context, keys, listeners[1].getsockname()[1])
+    return SplitApp(context, keys, listeners[1].getsockname()[1])
 
 
 class _Server(uvicorn.Server):

@@ -117,7 +117,7 @@ def test_the_fingerprint_is_of_the_content(checkpoint):
         ({"change_arrays": poke(f"{UP}::keep_v", [1], np.int32)}, ArtifactError, "v_vals"),
     ],
 )
-def test_each_damage_has_its_error(delta, damage, error, word):
+def test_r16_each_damage_has_its_error(delta, damage, error, word):
     rewrite(delta, **damage)
     with pytest.raises(error, match=word):
         verify(delta, **base_of(delta))

@@ -24,7 +24,7 @@ def test_the_alerts_are_all_there_and_explained() -> None:
         assert set(rule["annotations"]) == {"summary", "description"}
 
 
-def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+def test_o6_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     fires, silent = set(), set()
     for test in yaml.safe_load(CASES.read_text())["tests"]:
         for case in test["alert_rule_test"]:
@@ -32,7 +32,7 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     assert fires == silent == set(WANTED)
 
 
-def test_promtool_accepts_the_rules_and_the_cases_hold() -> None:
+def test_o6_promtool_accepts_the_rules_and_the_cases_hold() -> None:
     for command in (["check", "rules", str(RULES)], ["test", "rules", str(CASES)]):
         done = subprocess.run([promtool(), *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -100,14 +100,14 @@ def test_panels_do_not_overlap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_every_expression_parses_and_names_metrics_that_exist(name: str) -> None:
+def test_o5_every_expression_parses_and_names_metrics_that_exist(name: str) -> None:
     known = scraped()
     for expression in expressions(BOARDS[name]):
         assert metrics_of(expression) <= known, expression
         assert expression.count('instance=~"$instance"') == len(re.findall(r"[a-z]\{", expression)), expression
 
 
-def test_every_alert_parses_and_names_metrics_that_exist() -> None:
+def test_o5_every_alert_parses_and_names_metrics_that_exist() -> None:
     for rule in RULES:
         assert metrics_of(rule["expr"]) <= scraped(), rule["alert"]
 

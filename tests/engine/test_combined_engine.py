@@ -76,7 +76,7 @@ def test_it_costs_little_beside_its_parts_and_leaves_them_and_the_base_as_they_w
     assert [(a.tokens, a.logprobs) for a in plain] == [(a.tokens, a.logprobs) for a in beside_plain]
 
 
-def test_keys_and_values_are_of_the_combination_alone(world: World):
+def test_r3_keys_and_values_are_of_the_combination_alone(world: World):
     prompt = tuple(range(30_000, 30_300))
     one = combined((world.whole, 0.5), (world.projections, 0.5))
     other = combined((world.whole, 0.5), (world.projections, 0.25))

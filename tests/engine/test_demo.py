@@ -148,8 +148,8 @@ def status(http, server):
     return http.get("/v1/admin/status", headers=server.admin_headers).json()
 
 
-def test_what_a_running_server_says_of_itself(server, client):
-    """O1 on the real engine, whose own numbers are among ours; the log's lines of requests."""
+def test_o1_what_a_running_server_says_of_itself(server, client):
+    """On the real engine, whose own numbers are among ours; the log's lines of requests."""
     with ThreadPoolExecutor(len(MODELS)) as threads:
         list(threads.map(lambda model: ask(client, model, "What is the capital of France?"), MODELS * 2))
 

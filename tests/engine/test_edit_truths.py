@@ -114,7 +114,7 @@ def test_edits_equal_a_hook_in_one_mixed_batch(runner: Runner, made, expected):
     assert_all_same(rows, runner.answer([row for _, row in rows], COUNT), expected)
 
 
-def test_alone_equals_mixed(runner: Runner, made, expected):
+def test_r2_alone_equals_mixed(runner: Runner, made, expected):
     rows = mixed(made)[:9]
     assert_all_same(rows, [runner.answer([row], COUNT)[0] for _, row in rows], expected)
 
@@ -139,7 +139,7 @@ def test_plain_rows_beside_steered_ones_are_bit_identical(runner: Runner, made):
     assert [(a.tokens, a.logprobs) for a in before] == [(a.tokens, a.logprobs) for a in beside]
 
 
-def test_a_delta_and_an_edit_in_the_same_request(runner: Runner, made, tiny_base: Path, tiny_deltas):
+def test_r2_a_delta_and_an_edit_in_the_same_request(runner: Runner, made, tiny_base: Path, tiny_deltas):
     delta = tiny_deltas[0]
     model = Oracle(merged(tiny_base, delta))
     rows = [Row(prompt, delta, edit=made[name]) for prompt in PROMPTS for name in ("last", "everywhere")]
@@ -173,7 +173,7 @@ cold.salts = 0
 
 
 @pytest.mark.parametrize("length", [2 * BLOCK, 2 * BLOCK + 44], ids=["on-a-boundary", "off-a-boundary"])
-def test_plain_and_steered_requests_share_the_unedited_prefix_only(runner: Runner, made, length):
+def test_r3_plain_and_steered_requests_share_the_unedited_prefix_only(runner: Runner, made, length):
     prompt = tuple(range(length * 50, length * 51))
     shared = (length - 1) // BLOCK * BLOCK  # the blocks before the one that holds the last prompt position
     plain, steered = Row(prompt), Row(prompt, edit=made["last"])
@@ -198,7 +198,7 @@ def test_plain_and_steered_requests_share_the_unedited_prefix_only(runner: Runne
         assert_same(again, cold(runner, row, 8))
 
 
-def test_a_steered_cache_is_never_read_by_plain_requests(runner: Runner, made):
+def test_r3_a_steered_cache_is_never_read_by_plain_requests(runner: Runner, made):
     """Steered first, so that only steered blocks are there to be read."""
     prompt = tuple(range(30_000, 30_000 + 2 * BLOCK + 10))
     steered = runner.answer([Row(prompt, edit=made["last"])], BLOCK)[0]

@@ -90,12 +90,14 @@ def test_order_and_a_warm_prefix_cache_change_nothing(tiny_engine: Runner, tiny_
         assert_same(answer, expected[key(row)])
 
 
-def test_alone_equals_mixed(tiny_engine: Runner, tiny_deltas, expected):
+def test_r2_alone_equals_mixed(tiny_engine: Runner, tiny_deltas, expected):
     for row in mixed_rows(tiny_deltas)[:8]:
         assert_same(tiny_engine.answer([row])[0], expected[key(row)])
 
 
-def test_the_prefix_cache_is_shared_within_a_delta_and_never_across(tiny_engine: Runner, tiny_deltas):
+def test_r3_the_prefix_cache_is_shared_within_a_delta_and_never_across_deltas_or_salts(
+    tiny_engine: Runner, tiny_deltas
+):
     prompt = tuple(range(20_000, 20_300))
     first, second = tiny_deltas[:2]
     cold = tiny_engine.answer([Row(prompt, first)], 4)[0]

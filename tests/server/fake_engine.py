@@ -52,6 +52,7 @@ class FakeEngine:
         self.rows: list[str] = []  # ids of requests, in order
         self.generate_error: Exception | None = None
         self.block_at: int | None = None
+        self.hold_at: int | None = None  # rows wait there as long as it says so
         self.fail_at: int | None = None
         self.running: set[str] = set()
         self.calls: list[tuple[list[int], Sampling, EngineDelta | None, str | None]] = []
@@ -120,6 +121,8 @@ class FakeEngine:
             for step in range(max(map(len, choices))):
                 if step == self.fail_at:
                     raise EngineError("the fake engine fails here")
+                while step == self.hold_at:
+                    await asyncio.sleep(0.001)
                 if step == self.block_at or said.block:
                     await self._death.wait()
                     raise EngineDeadError("the fake engine is dead")

@@ -7,15 +7,17 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from server.app import ADMIN, INFERENCE, PUBLIC, ROUTES
+from server.app import ADMIN, INFERENCE, PUBLIC, ROUTES, SplitApp
 from server.auth import require_admin, require_inference
 from server.config import Settings
 from server.keys import hash_key
 
 pytestmark = pytest.mark.anyio
 
+ADMIN_PORT = 9000
 CHAT = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -64,22 +66,62 @@ def code(response: httpx.Response) -> tuple[int, str]:
 OF_CONTROLLERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
-async def test_s4_every_route_is_classified_and_guarded_as_its_class_says(shared: Any) -> None:
-    """Also a route that did not come through the table."""
+TABLE = {(method, path): access for access, method, path, _ in ROUTES}
+
+
+def served(app: FastAPI) -> set[tuple[str, str]]:
+    """Methods and paths, each classified and guarded; also where a route did not come through the table."""
     guards = {PUBLIC: [], INFERENCE: [require_inference], ADMIN: [require_admin]}
-    table = {(method, path): access for access, method, path, _ in ROUTES}
-    assert len(table) == len(ROUTES)
-    served = set()
-    for route in shared.app.routes:
+    found = set()
+    for route in app.routes:
         assert isinstance(route, APIRoute), f"{route} is none of ours"
         for method in route.methods:
-            assert (method, route.path) in table, f"{method} {route.path} is not classified"
-            access = table[method, route.path]
+            assert (method, route.path) in TABLE, f"{method} {route.path} is not classified"
+            access = TABLE[method, route.path]
             assert [depends.dependency for depends in route.dependencies] == guards[access]
             of_admins = route.path.startswith("/v1/admin") or route.path in OF_CONTROLLERS
             assert (access == ADMIN) == of_admins
-            served.add((method, route.path))
-    assert served == set(table)
+            found.add((method, route.path))
+    return found
+
+
+async def test_s4_every_route_is_classified_and_guarded_as_its_class_says(shared: Any) -> None:
+    assert len(TABLE) == len(ROUTES)
+    assert served(shared.app) == set(TABLE)
+
+
+async def test_s4_on_two_ports_every_route_is_where_it_belongs(shared: Any) -> None:
+    split = SplitApp(shared.context, shared.app.state.keys, ADMIN_PORT)
+    plane = {route for route in TABLE if route[1].startswith("/v1/admin/")}
+    public = {route for route, access in TABLE.items() if access == PUBLIC}
+    assert served(split.admin) == plane | public
+    assert served(split.rest) == set(TABLE) - plane
+
+
+@pytest.mark.parametrize("port", [8000, ADMIN_PORT])
+async def test_s4_both_ports_refuse_in_the_same_shape_and_within_the_same_bounds(shared: Any, port: int) -> None:
+    """The routes of the other port, nonsense, too much, a crash: few words, and an id."""
+    split = SplitApp(shared.context, shared.app.state.keys, ADMIN_PORT)
+    here, there = (split.admin, split.rest) if port == ADMIN_PORT else (split.rest, split.admin)
+    lost = [*(served(there) - served(here)), ("GET", "/nowhere"), ("GET", "//v1/admin/status"), ("GET", "/metrics/")]
+    post = ("PUT", "/v1/admin/deltas/x/alias") if port == ADMIN_PORT else ("POST", "/v1/completions")
+    asked: list[tuple[tuple[int, str], tuple[str, str], dict[str, Any]]] = [
+        *(((404, "route_not_found"), route, {"headers": {"host": f"x:{ADMIN_PORT}"}}) for route in lost),
+        ((405, "method_not_allowed"), ("PATCH", "/version"), {}),
+        ((413, "body_too_large"), post, {"content": b" " * 30_000}),
+        ((400, "invalid_json"), post, {"content": b"[" * 10_000}),
+        ((401, "missing_api_key"), post, {"headers": {"authorization": ""}}),
+        ((500, "internal_error"), ("GET", "/metrics"), {}),
+    ]
+    shared.store.nbytes = None  # a scrape reads it
+    transport = httpx.ASGITransport(app=split, raise_app_exceptions=False)
+    url = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(transport=transport, base_url=url, headers=bearer("both")) as client:
+        for expected, (method, path), fields in asked:
+            response = await client.request(method, re.sub(r"{[^}]*}", "x", path), **fields)
+            assert code(response) == expected, path
+            assert len(response.content) < 1000
+            assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
 
 @pytest.mark.parametrize(
@@ -101,9 +143,18 @@ async def test_s4_every_route_is_classified_and_guarded_as_its_class_says(shared
 async def test_s3_every_route_with_every_kind_of_key(
     shared: Any, authorization: str | None, inference: tuple[int, str] | None, admin: tuple[int, str] | None
 ) -> None:
-    async with shared.client({} if authorization is None else {"authorization": authorization}) as client:
+    """On one port, and with the admin plane on another."""
+    split = SplitApp(shared.context, shared.app.state.keys, ADMIN_PORT)
+    headers = {} if authorization is None else {"authorization": authorization}
+    transport = httpx.ASGITransport(app=split, raise_app_exceptions=False)
+    async with shared.client(headers) as one, httpx.AsyncClient(transport=transport, headers=headers) as two:
         for access, method, path, _ in ROUTES:
-            response = await client.request(method, re.sub(r"{[^}]*}", "x", path))
+            port = ADMIN_PORT if path.startswith("/v1/admin/") else 8000
+            path = re.sub(r"{[^}]*}", "x", path)
+            response = await one.request(method, path)
+            split_off = await two.request(method, f"http://gateway:{port}{path}")
+            assert split_off.status_code == response.status_code
+            assert response.status_code < 400 or split_off.json() == response.json()
             refusal = {PUBLIC: None, INFERENCE: inference, ADMIN: admin}[access]
             if refusal is None:
                 assert response.status_code not in (401, 403), path

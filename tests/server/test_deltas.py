@@ -181,7 +181,7 @@ async def test_upload_without_activation_serves_only_after_a_move(
     assert (await client.post("/v1/completions", json={"model": "red", "prompt": "a"})).status_code == 200
 
 
-async def test_compare_and_swap_lets_one_of_two_win(admin: httpx.AsyncClient, upload: Any) -> None:
+async def test_r17_compare_and_swap_lets_one_of_two_win(admin: httpx.AsyncClient, upload: Any) -> None:
     one, two = (await upload("red", b"1")).json()["digest"], (await upload("red", b"2")).json()["digest"]
     moves = [
         admin.put(f"{DELTAS}/red/alias", json={"digest": one, "expected_generation": 2}),
@@ -228,7 +228,7 @@ async def test_load_and_unload(admin: httpx.AsyncClient, upload: Any, house: Any
     assert (await admin.get("/v1/admin/status")).json()["packed_bytes"] == 0
 
 
-async def test_failed_load_is_remembered_for_a_while(
+async def test_r6_failed_load_is_remembered_for_a_while(
     admin: httpx.AsyncClient, client: httpx.AsyncClient, upload: Any, house: Any
 ) -> None:
     """A request does not try again, an order does, and an upload of the same bytes clears the memory."""

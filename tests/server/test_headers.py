@@ -86,3 +86,20 @@ def settings(request: pytest.FixtureRequest, settings: Any) -> Any:
         return settings
     server = settings.server.model_copy(update={"keep_alive_s": request.param})
     return settings.model_copy(update={"server": server})
+
+
+@pytest.mark.anyio
+async def test_s9_no_page_of_another_origin_is_let_in(house: Any) -> None:
+    """A browser asks first, and sends with the page's origin; it is told nothing that would let it go on."""
+    page = {"origin": "https://evil.example", "sec-fetch-mode": "cors"}
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+    async with house.client({}) as client:
+        for path in ("/v1/chat/completions", "/v1/models", "/v1/admin/deltas", "/metrics", "/health/live", "/nowhere"):
+            preflight = await client.options(
+                path, headers={**page, **asked, "access-control-request-private-network": "true"}
+            )
+            assert preflight.status_code == (404 if path == "/nowhere" else 405)
+            simple = await client.get(path, headers={**page, **API})
+            sent = await client.post(path, json=CHAT, headers={**page, **API})
+            for response in (preflight, simple, sent):
+                assert not [name for name in response.headers if name.startswith(("access-control-", "timing-allow"))]

@@ -19,7 +19,7 @@ def requests_in(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.name == "deltaworks.request"]
 
 
-async def test_one_log_line_per_request_without_prompt_or_key(
+async def test_s7_one_log_line_per_request_without_prompt_or_key(
     client: httpx.AsyncClient, upload: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     digest = (await upload("red", b"1")).json()["digest"]

@@ -32,7 +32,7 @@ def told(family: Metric) -> Documented:
     return Documented(family.type, tuple(sorted(labels)), family.documentation)
 
 
-async def test_the_page_is_the_scrape(exposition: str) -> None:
+async def test_o1_the_page_is_the_scrape(exposition: str) -> None:
     found = {family.name: told(family) for family in text_string_to_metric_families(exposition)}
     rows = [
         f"| `{name}` | {metric.type} | {' '.join(f'`{label}`' for label in metric.labels)} | {metric.text} |"
@@ -58,7 +58,7 @@ async def test_every_metric_follows_the_rules(exposition: str) -> None:
             assert (family.type == "counter") == sample.name.endswith("_total")
 
 
-async def test_promtool_finds_nothing(exposition: str) -> None:
+async def test_o1_promtool_finds_nothing(exposition: str) -> None:
     done = subprocess.run(
         [promtool(), "check", "metrics"], input=exposition, capture_output=True, text=True, timeout=60
     )

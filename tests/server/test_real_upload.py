@@ -76,7 +76,7 @@ async def test_true_delta_is_taken_and_described(send: Any, folder: Path) -> Non
     assert {"base", "shapes", "digests", "finite"} <= set(version["checks"])
 
 
-async def test_delta_of_another_base_with_the_same_shapes(send: Any, folder: Path) -> None:
+async def test_r15_delta_of_another_base_with_the_same_shapes(send: Any, folder: Path) -> None:
     response = await send((folder / "other.delta").read_bytes())
     assert (response.status_code, response.json()["error"]["code"]) == (400, "delta_base_mismatch")
 
@@ -120,7 +120,7 @@ def with_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes],
         with_manifest(lambda manifest: manifest.update(surprise=1)),
     ],
 )
-async def test_damaged_delta_is_refused(send: Any, folder: Path, damage: Callable[[bytes], bytes]) -> None:
+async def test_r16_damaged_delta_is_refused(send: Any, folder: Path, damage: Callable[[bytes], bytes]) -> None:
     response = await send(damage((folder / "base.delta").read_bytes()))
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "delta_invalid")

@@ -14,6 +14,8 @@ import pytest
 
 from compressors.base import default_base
 from server.cli import main
+from server.config import ServerSettings
+from server.serve import _listening
 
 
 @pytest.fixture
@@ -37,6 +39,13 @@ def test_admin_port_in_use(serve: Callable[..., int], capsys: pytest.CaptureFixt
         port = taken.getsockname()[1]
         assert serve("--admin-port", str(port)) == 1
     assert f"error: port {port} on 127.0.0.1 is in use; choose another with --admin-port" in capsys.readouterr().err
+
+
+def test_s9_only_this_machine_is_listened_to_unless_told() -> None:
+    for host, changes in (("127.0.0.1", {}), ("0.0.0.0", {"host": "0.0.0.0"})):
+        settings = ServerSettings.model_validate({"port": 0, "admin_port": 0, **changes})
+        with _listening(settings) as listeners:
+            assert [listener.getsockname()[0] for listener in listeners] == [host] * 2
 
 
 def test_store_that_cannot_be_used(
@@ -86,7 +95,7 @@ def test_print_config_shows_flags_and_starts_nothing(
     assert not (tmp_path / "store").exists()
 
 
-def test_s07_no_secret_in_print_config_or_in_what_refuses_settings(
+def test_s7_no_secret_in_print_config_or_in_what_refuses_settings(
     serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "keys").write_text("# users\ncanary-in-a-file\n")
@@ -226,7 +235,7 @@ def test_r11_what_runs_on_past_the_time_is_cut_with_a_second_signal(
 
 
 @pytest.mark.parametrize("process", ["split"], indirect=True)
-def test_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_s4_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path: Path) -> None:
     url = first_url(process)
     assert process.stdout is not None
     said = process.stdout.readline()
@@ -235,6 +244,7 @@ def test_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path: P
     (tmp_path / "go").touch()
     for there in (url, admin):
         until(f"{there}/health/ready", 200)
+        assert httpx.get(f"{there}/health/live", headers={"x": "y" * 70_000}).status_code == 431
     host = {"host": admin.removeprefix("http://"), "x-forwarded-port": admin.rpartition(":")[2]}
     assert httpx.get(f"{url}/v1/admin/status", headers=host).json()["error"]["code"] == "route_not_found"
     assert httpx.get(f"{admin}/v1/admin/status").json()["error"]["code"] == "admin_disabled"

@@ -128,8 +128,8 @@ async def test_refusals_errors_and_keys(client: httpx.AsyncClient, admin: httpx.
     assert found["request_duration_seconds_count", "error", ROUTE] == 4
 
 
-async def test_invented_names_make_no_series(house: Any, client: httpx.AsyncClient) -> None:
-    """O2: 10,000 model names, straight into the application, and as many paths."""
+async def test_o2_invented_names_make_no_series(house: Any, client: httpx.AsyncClient) -> None:
+    """10,000 model names, straight into the application, and as many paths."""
 
     async def ask(method: str, path: str, body: bytes) -> None:
         sent = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -203,7 +203,7 @@ async def test_a_deleted_delta_leaves_no_series(
     assert found["delta_evictions_total", "engine", "delete"] == found["delta_evictions_total", "ram", "delete"] == 1
 
 
-async def test_a_full_scrape_stays_small(build: Any, settings: Any, upload: Any) -> None:
+async def test_o2_a_full_scrape_stays_small(build: Any, settings: Any, upload: Any) -> None:
     """More deltas than labels, each asked for streamed and not, and every way to be refused."""
     engine = settings.engine.model_copy(update={"max_resident_deltas": 100})
     house = build(settings=settings.model_copy(update={"engine": engine}))

@@ -45,7 +45,7 @@ def line_of(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_clients_trace_goes_on(
+async def test_o4_a_clients_trace_goes_on(
     client: httpx.AsyncClient, spans: InMemorySpanExporter, upload: Any, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     digest = (await upload("red", b"1")).json()["digest"]
@@ -119,10 +119,9 @@ async def test_probes_make_no_spans(client: httpx.AsyncClient, spans: InMemorySp
     assert spans.get_finished_spans() == ()
 
 
-async def test_the_trace_is_in_the_log_without_tracing(
+async def test_o4_the_trace_is_in_the_log_without_tracing(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """O4."""
     with caplog.at_level(logging.INFO, logger="deltaworks"):
         await client.post("/v1/chat/completions", json=CHAT, headers=SAMPLED)
     line = line_of(caplog)

@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import hashlib
+import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -25,6 +26,51 @@ def sha256(content: bytes) -> str:
 
 def code(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def move(admin: httpx.AsyncClient, digest: str, expected: int) -> httpx.Response:
+    return await admin.put(f"{DELTAS}/red/alias", json={"digest": digest, "expected_generation": expected})
+
+
+async def test_r1_a_request_runs_on_the_version_that_its_name_meant_when_it_came(
+    admin: httpx.AsyncClient, client: httpx.AsyncClient, upload: Any, house: Any
+) -> None:
+    """One that answers already, one whose delta loads, one that waits for its turn: the name moves under all three."""
+    one, two = (await upload("red", b"1")).json()["digest"], (await upload("red", b"2", activate="false")).json()
+    two = next(version["digest"] for version in two["versions"] if version["digest"] != one)
+    turns = house.gateway._turns
+    house.engine.hold_loads = True
+
+    async def ask(**fields: Any) -> httpx.Response:
+        return await client.post("/v1/completions", json={"model": "red", "prompt": "a", **fields})
+
+    loading = asyncio.create_task(ask())
+    await until(lambda: house.engine.loads == [one])
+    async with turns.turn(None, turns.max_rows - 1, 0):
+        waiting = asyncio.create_task(ask(stream=True))
+        await until(lambda: turns.waiting == 1)
+        assert (await move(admin, two, 1)).status_code == 200
+        house.engine.hold_loads = False
+        house.engine.hold_at = 2
+        await until(lambda: len(house.engine.running) == 1)
+    await until(lambda: len(house.engine.running) == 2)
+    assert (await move(admin, one, 2)).status_code == 200
+    assert (await move(admin, two, 3)).status_code == 200
+    house.engine.hold_at = None
+    whole, streamed, late = await loading, await waiting, await ask()
+    assert whole.json()["gateway"]["delta_digest"] == one
+    assert whole.json()["choices"][0]["text"] == f"{one[:6]} one two"
+    chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n") if line.startswith("data: {")]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == f"{one[:6]} one two"
+    assert {chunk["gateway"]["delta_digest"] for chunk in chunks if "gateway" in chunk} == {one}
+    assert streamed.headers["x-delta-version"] == whole.headers["x-delta-version"] != late.headers["x-delta-version"]
+    assert late.json()["choices"][0]["text"].startswith(two[:6])
 
 
 async def test_one_version_has_its_own_address(admin: httpx.AsyncClient, upload: Any) -> None:
