@@ -148,7 +148,7 @@ class Engine:
     async def stop(self): print("engine stopped", flush=True)
     async def generate(self, request_id, ids, sampling, delta, salt, edit):
         for step in range(5):
-            await asyncio.sleep(0.1)
+            while step and Path(sys.argv[1], "hold").exists(): await asyncio.sleep(0.01)
             yield TokenEvent(0, "x", (1,), None, FinishReason.STOP if step == 4 else None, 1, 0)
 
 store = Store(Path(sys.argv[1], "store"))
@@ -196,7 +196,8 @@ def test_r11_up_while_loading_then_ready_then_drained(process: subprocess.Popen[
     url = first_url(process)
     assert until(f"{url}/health/live", 200) == {"status": "alive"}
     assert until(f"{url}/health/ready", 503) == {"status": "loading"}
-    (tmp_path / "go").touch()
+    for file in ("go", "hold"):
+        (tmp_path / file).touch()
     until(f"{url}/health/ready", 200)
     body = {"model": "b", "prompt": "a", "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -208,6 +209,7 @@ def test_r11_up_while_loading_then_ready_then_drained(process: subprocess.Popen[
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert int(refused.headers["retry-after"]) > 0
         assert httpx.get(f"{url}/health/live").status_code == 200
+        (tmp_path / "hold").unlink()
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
@@ -223,7 +225,8 @@ def test_r11_what_runs_on_past_the_time_is_cut_with_a_second_signal(
     process: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     url = first_url(process)
-    (tmp_path / "go").touch()
+    for file in ("go", "hold"):
+        (tmp_path / file).touch()
     until(f"{url}/health/ready", 200)
     with httpx.stream("POST", f"{url}/v1/completions", json={"model": "b", "prompt": "a", "stream": True}) as response:
         next(response.iter_lines())
