@@ -21,7 +21,8 @@ class HeadGuard(asyncio.Protocol):
         self._timeout_s = timeout_s
         self._transport: Any = None
         self._timer: asyncio.TimerHandle | None = None
-        self._nbytes = 0
+        self._nbytes = 0  # of the head, so far
+        self._last = b""  # of those, where the head's end may have begun
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -34,15 +35,21 @@ class HeadGuard(asyncio.Protocol):
         if cycle is not None and not cycle.response_complete:
             inner.data_received(data)
             return
-        if not self._leftover:
-            self._nbytes += len(data)
+        if not self._leftover and self._grows_too_large(data):
+            self._refuse(431, "headers_too_large", f"the head of a request may have {self._max_bytes} bytes")
+            return
         self._start_timer()
         inner.data_received(data)
         if inner.cycle is not cycle:
-            self._nbytes = 0
+            self._nbytes, self._last = 0, b""
             self._stop_timer()
-        elif self._nbytes > self._max_bytes:
-            self._refuse(431, "headers_too_large", f"the head of a request may have {self._max_bytes} bytes")
+
+    def _grows_too_large(self, data: bytes) -> bool:
+        """Whether the head, with this part of it, has no end within the limit; a body may follow the end."""
+        ends_within = self._last + data[: self._max_bytes - self._nbytes]
+        self._nbytes += len(data)
+        self._last = (self._last + data[-3:])[-3:]
+        return self._nbytes > self._max_bytes and b"\r\n\r\n" not in ends_within
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

@@ -296,9 +296,10 @@ def test_s6_a_head_without_an_end_is_cut(connect: Callable[[], socket.socket]) -
     assert time.monotonic() - started < 2
     silent = connect()
     assert received(silent)[0] == 408
-    large = connect()
-    large.sendall(b"GET /health/live HTTP/1.1\r\nx: " + b"y" * 5000)
-    assert (received(large)[1]["code"]) == "headers_too_large"
+    for end in (b"", b"\r\n\r\n"):
+        large = connect()
+        large.sendall(b"GET /health/live HTTP/1.1\r\nx: " + b"y" * 5000 + end)
+        assert (received(large)[1]["code"]) == "headers_too_large"
 
 
 def test_a_connection_that_is_kept_alive_is_guarded_anew(connect: Callable[[], socket.socket]) -> None:
@@ -319,6 +320,18 @@ def test_a_request_that_is_refused_early_is_answered_whatever_it_still_sends(
     assert b" 413 " in until_said(connection, b"body_too_large")
     connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
     assert b" 200 " in until_said(connection, b"alive")
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_a_head_that_ends_in_time_may_have_much_behind_it(connect: Callable[[], socket.socket], cut: int) -> None:
+    """However its last four bytes are cut."""
+    head, body = post_head("/v1/completions", 10_000), b" " * 10_000
+    connection = connect()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.sendall(head[: len(head) - cut])
+    time.sleep(0.02)
+    connection.sendall(head[len(head) - cut :] + body)
+    assert b"invalid_json" in until_said(connection, b"invalid_json")
 
 
 def test_r13_liveness_answers_while_every_place_is_taken(live: Any) -> None:
