@@ -14,6 +14,7 @@ import keyword
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [row for name, cases in answered.items() for row in round_trips(name, cases)]
         if args.url:
             rest = {name: cases for name, cases in categories.items() if name.endswith("relevance")}
-            rows += asyncio.run(asked(args.url, args.model, rest))
+            rows += asyncio.run(asked(args.url, args.model, rest, args.wait))
     except (CasesError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -129,16 +130,19 @@ def reread(form: str, text: str) -> Calls:
     return [(call.name, json.loads(call.arguments)) for call in found.calls]
 
 
-async def asked(url: str, model: str, categories: Mapping[str, Sequence[Case]]) -> list[Measurement]:
-    """Share of questions answered with a call, by category and mode; what the server refuses is left out."""
+async def asked(url: str, model: str, categories: Mapping[str, Sequence[Case]], start_s: float) -> list[Measurement]:
+    """Share of questions answered with a call, by category and mode; what the server refuses is left out.
+
+    Raises EndpointError where it answers nothing of a category.
+    """
     rows = []
-    async with Endpoint(url, concurrency=4) as endpoint:
+    async with Endpoint(url, concurrency=4, start_s=start_s, tell=partial(print, file=sys.stderr)) as endpoint:
         for category, cases in categories.items():
             for mode in ("off", "observe"):
                 told = await asyncio.gather(*(_ask(endpoint, model, case, mode) for case in cases))
-                answers = [one for one in told if one is not None]
+                answers = [one for one in told if not isinstance(one, EndpointError)]
                 if not answers:
-                    raise EndpointError(f"{url} answers no question of {category}")
+                    raise EndpointError(f"no question of {category} was answered: {told[0] if told else 'it has none'}")
                 called, withheld = (sum(one[place] for one in answers) for place in (0, 1))
                 of = f"{len(answers)} answers"
                 rows.append(Measurement(f"{category}, {mode}: with a call", called, "", called / len(answers), of))
@@ -146,14 +150,14 @@ async def asked(url: str, model: str, categories: Mapping[str, Sequence[Case]]) 
     return rows
 
 
-async def _ask(endpoint: Endpoint, model: str, case: Case, mode: str) -> tuple[bool, bool] | None:
-    """Whether there is a call, and whether the gate would have withheld tools; None where the request is refused."""
+async def _ask(endpoint: Endpoint, model: str, case: Case, mode: str) -> tuple[bool, bool] | EndpointError:
+    """Whether there is a call, and whether the gate would have withheld tools; the error where the request is refused."""
     tools = [tool_of(function) for function in case.functions]
     body = {"model": model, "messages": list(case.messages), "tools": tools, "tool_gate": {"mode": mode}}
     try:
         answer = await endpoint.chat({**body, "temperature": 0, "max_tokens": 64})
-    except EndpointError:
-        return None
+    except EndpointError as error:
+        return error
     _, decision = pointed(answer.body, "/gateway/tool_gate/decision")
     return bool(answer.tool_calls), decision in ("suppress", "narrow")
 

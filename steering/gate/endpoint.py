@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -11,10 +11,12 @@ from typing import Any, Self
 import httpx
 
 from steering.errors import EndpointError
+from steering.gate.starting import Start
 
 Top = tuple[tuple[str, float], ...]
 _PATIENCE_S = (0.5, 2.0, 8.0)  # waits between tries of one request
 _AGAIN = (408, 429, 500, 502, 503, 504)
+_STARTING = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,21 @@ class Answer:
     body: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """A try without an answer. `starting`: a server that has just been started may fail so."""
+
+    problem: str
+    again: bool
+    starting: bool
+    told_s: float = 0.0
+
+
 class Endpoint:
-    """Use it as an async context manager; at most `concurrency` requests are under way."""
+    """Use it as an async context manager; at most `concurrency` requests are under way.
+
+    The server has `start_s` until its first answer; `tell` is told now and then what is waited for.
+    """
 
     def __init__(
         self,
@@ -48,12 +63,15 @@ class Endpoint:
         api_key: str | None = None,
         timeout_s: float = 300,
         patience_s: Sequence[float] = _PATIENCE_S,
+        start_s: float = 0.0,
+        tell: Callable[[str], object] = lambda text: None,
     ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False)
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._permits = asyncio.Semaphore(concurrency)
         self._patience_s = patience_s
+        self._start = Start(start_s, tell)
 
     async def __aenter__(self) -> Self:
         return self
@@ -70,21 +88,30 @@ class Endpoint:
     async def post(self, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that is answered; busy and failing servers are asked again. Raises EndpointError."""
         async with self._permits:
-            for wait_s in (*self._patience_s, None):
-                try:
-                    response = await self._client.post(url, json=body)
-                except (httpx.HTTPError, httpx.InvalidURL) as error:
-                    problem, again, told_s = f"{url}: {str(error) or type(error).__name__}", True, 0.0
-                else:
-                    if response.status_code == httpx.codes.OK:
-                        return _object(url, response)
-                    again = response.status_code in _AGAIN
-                    told_s = _retry_after_s(response)
-                    problem = f"{url}: status {response.status_code}: {response.text[:300]}"
-                if wait_s is None or not again:
-                    break
-                await asyncio.sleep(max(wait_s, told_s))
-        raise EndpointError(problem)
+            patience = iter(self._patience_s)
+            while isinstance(tried := await self._try(url, body), _Failure):
+                wait_s = self._start.wait_s(tried.problem, tried.told_s) if tried.starting else None
+                if wait_s is None:
+                    pause_s = next(patience, None) if tried.again else None
+                    if pause_s is None:
+                        raise EndpointError(tried.problem)
+                    wait_s = max(pause_s, tried.told_s)
+                await asyncio.sleep(wait_s)
+            return tried
+
+    async def _try(self, url: str, body: Mapping[str, Any]) -> dict[str, Any] | _Failure:
+        try:
+            response = await self._client.post(url, json=body)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return _Failure(f"{url}: {str(error) or type(error).__name__}", True, isinstance(error, _STARTING))
+        status = response.status_code
+        starting = status == httpx.codes.SERVICE_UNAVAILABLE
+        if not starting:
+            self._start.answered()
+        if status == httpx.codes.OK:
+            return _object(url, response)
+        problem = f"{url}: status {status}: {response.text[:300]}"
+        return _Failure(problem, status in _AGAIN, starting, _retry_after_s(response))
 
 
 def answer_of(body: Mapping[str, Any]) -> Answer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,9 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--tool-url", help="tool server: POST {name, arguments} answers {result}")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests at once (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="of a request (default: %(default)g)")
+    parser.add_argument(
+        "--wait", type=_count, default=300, metavar="S", help="for a server that starts; 0: not (default: %(default)s)"
+    )
     parser.add_argument("--k", type=_positive, default=8, help="sampled answers each way (default: %(default)s)")
     parser.add_argument(
         "--k-with",
@@ -88,10 +93,11 @@ async def _label(args: argparse.Namespace, asking: Asking, tasks: list[Task], fa
     from steering.gate.tools import Toolbox
 
     key = args.api_key_file.read_text(encoding="utf-8").strip() if args.api_key_file else None
+    tell = partial(tqdm.write, file=sys.stderr)
     with tqdm(total=done + len(tasks), initial=done, unit="task") as bar:
         async with (
-            Endpoint(args.base_url, args.concurrency, key, args.timeout_s) as model,
-            Endpoint("", args.concurrency, None, args.timeout_s) as tools,
+            Endpoint(args.base_url, args.concurrency, key, args.timeout_s, start_s=args.wait, tell=tell) as model,
+            Endpoint("", args.concurrency, None, args.timeout_s, start_s=args.wait, tell=tell) as tools,
         ):
             toolbox = Toolbox(facts, tools if args.tool_url else None, args.tool_url or "")
             await label(tasks, Asker(model, toolbox, asking), args.out, args.concurrency, bar.update)

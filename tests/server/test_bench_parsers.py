@@ -106,3 +106,12 @@ def test_a_folder_without_cases_is_named(tmp_path: Path) -> None:
     (tmp_path / "BFCL_v4_mine.json").write_text("{")
     with pytest.raises(CasesError, match="BFCL_v4_mine"):
         dict(read_cases(tmp_path))
+
+
+def test_a_server_that_does_not_start_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as chat:
+        url = f"{chat.url}/v1"
+    assert main(["bench", "parsers", "--bfcl", str(_cases(tmp_path)), "--url", url, "--wait", "1"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("waiting for the server to start, 1 s left") == 1
+    assert f"was answered: the server has not started within 1 s: {url}" in said

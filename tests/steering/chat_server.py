@@ -95,7 +95,7 @@ def task(identifier: str, a: int, b: int, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(chat: ChatServer | None = None) -> Iterator[ChatServer]:
+def serving(chat: ChatServer | None = None, port: int = 0) -> Iterator[ChatServer]:
     chat = chat or ChatServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -110,7 +110,7 @@ def serving(chat: ChatServer | None = None) -> Iterator[ChatServer]:
         def log_message(self, *arguments: object) -> None:
             """Not to the terminal."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     chat.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
