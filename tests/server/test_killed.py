@@ -11,49 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.store_operations import AFTER
+
 ZYGOTE = r'''
-import asyncio, hashlib, json, os, shutil, signal, sys, threading
+import asyncio, json, os, shutil, signal, sys, threading
 from pathlib import Path
 
-from server.artifacts.registry import DeltaRegistry
-from server.artifacts.shelf import Shelf
 from server.artifacts.store import Store
-from server.artifacts.versions import DeltaVersion
+from tests.server import store_operations
+from tests.server.store_operations import NEW, OPERATIONS
 
 FILES = tuple(f"server/artifacts/{name}.py" for name in ("store", "folder", "shelf", "names"))
-OLD, NEW = b"the old version", b"the new version"
-
-
-def version(content):
-    return DeltaVersion(digest=hashlib.sha256(content).hexdigest(), nbytes=len(content), created=1, method="impart",
-                        base_fingerprint="sha256:ba5e", ratio=32.0, checks=())
 
 
 def start(root):
     store = Store(root)
-    store.open()
-    shelf = Shelf(store)
-    registry = DeltaRegistry(shelf, "tiny-base", "sha256:ba5e")
-    shelf.recover()
-    return store, registry
-
-
-async def publish(store, registry, content):
-    with store.incoming(1000) as incoming:
-        incoming.write(content)
-        await registry.publish("red", version(content), incoming, True, None)
-
-
-async def move(store, registry, content):
-    await registry.move("red", version(content).digest, registry.get("red").generation)
-
-
-async def delete(store, registry, content):
-    async with registry.retiring("red"):
-        pass
-
-
-OPERATIONS = {"publish": publish, "move": move, "delete": delete}
+    return store, store_operations.start(store)
 
 
 def kill_before(line):
@@ -83,27 +56,19 @@ def run(operation, root, line, acknowledged):
 
 
 def state(root):
-    """What a server finds that starts now: the name's versions and what it points to, and every file."""
-    store, registry = start(root)
-    found = {ref.name: [registry.path(ref.digest), [v.digest for v in ref.versions]] for ref in registry.refs()}
-    for path, digests in found.values():
-        for digest in digests:
-            content = Path(registry.path(digest)).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == digest
+    """What a server finds that starts now; no file is there but what that needs."""
+    found = store_operations.state(*start(root))
     files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    expected = ["lock", *(f"refs/delta/{name}.json" for name in found)]
-    expected += {f"objects/{digest}" for _, digests in found.values() for digest in digests}
+    expected = ["lock"]
+    if found:
+        expected += ["refs/delta/red.json", *(f"objects/{digest}" for digest in found[1])]
     assert files == sorted(expected), files
-    red = found.get("red")
-    return red and [Path(red[0]).name, red[1]]
+    return found
 
 
 def main(operation, folder):
     before = Path(folder, "before")
-    store, registry = start(before)
-    if operation != "publish":
-        asyncio.run(publish(store, registry, NEW))
-    asyncio.run(publish(store, registry, OLD))
+    asyncio.run(store_operations.before(operation, *start(before)))
     was, line, seen = state(before), 0, []
     while True:
         root = Path(folder, str(line))
@@ -123,7 +88,7 @@ def main(operation, folder):
             assert status == 0
             break
         line += 1
-    print(json.dumps({"was": was, "new": version(NEW).digest, "old": version(OLD).digest, "seen": seen}))
+    print(json.dumps({"was": was, "seen": seen}))
 
 
 main(*sys.argv[1:])
@@ -136,8 +101,7 @@ def test_r12_killed_at_any_step(operation: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
-    old, new = told["old"], told["new"]
-    after = {"publish": [new, [old, new]], "move": [new, [new, old]], "delete": None}[operation]
+    after = AFTER[operation]
     assert len(told["seen"]) > 40
     for acknowledged, state in told["seen"]:
         assert state in ([after] if acknowledged else [told["was"], after])
