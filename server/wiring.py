@@ -4,6 +4,7 @@ import asyncio
 import math
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def _watch(
     engine.watch(telemetry.engine.record)
 
 
+@cache  # reading it takes as long as making the routes
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

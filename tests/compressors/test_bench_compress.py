@@ -39,6 +39,7 @@ def measured(language_pair, tmp_path_factory):
     return json.loads((folder / "b.json").read_text()), folder / "b.png"
 
 
+@pytest.mark.slow
 def test_every_method_is_at_its_bytes(measured):
     rows = {row["method"]: row for row in measured[0]["rows"]}
     assert set(rows) == {"impart", "impart-qt", "lowrank", "dare", "bitdelta", "bitdelta-distil"}
@@ -52,6 +53,7 @@ def test_every_method_is_at_its_bytes(measured):
     assert rows["bitdelta-distil"]["kl"][0] < rows["bitdelta"]["kl"][0]
 
 
+@pytest.mark.slow
 def test_base_and_fine_tune_frame_it(measured):
     told = measured[0]["references"]
     assert told["fine-tune"]["kl"] < 1e-6
@@ -69,6 +71,7 @@ def test_bad_rows_are_named(tmp_path, capsys):
         read_questions(file)
 
 
+@pytest.mark.slow
 def test_the_loop_over_svds_compresses_the_same(language_pair, tmp_path, capsys):
     _, base, tuned = language_pair
     held_out = tmp_path / "held_out.jsonl"

@@ -11,6 +11,7 @@ from tests.compressors.triton_folder import triton_environment
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["triton_interpreted.py", "triton_compiled.py"])
 def test_the_gpu_kernels(script: str, tmp_path: Path):
     environment = triton_environment(interpret=script == "triton_interpreted.py")

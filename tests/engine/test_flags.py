@@ -9,6 +9,8 @@ from server.engine.arguments import engine_arguments
 from server.engine.base import EngineError
 from server.engine.flags import passed_on
 
+pytestmark = pytest.mark.engine
+
 
 def test_values_are_read_as_on_vllms_command_line() -> None:
     given = {

@@ -2,19 +2,24 @@
 
 from pathlib import Path
 
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.usage.usage_lib import UsageContext
-from vllm.v1.metrics.loggers import StatLoggerManager
-from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, RequestStateStats, SchedulerStats
+import pytest
 
 from server.core import RowTimes
 from server.engine.arguments import engine_arguments
 from server.engine.base import EngineStep
-from server.engine.stats import own_metrics, row_times, stat_loggers
 from tests.engine.bed import engine_settings
+
+pytestmark = pytest.mark.engine
 
 
 def test_a_step_reaches_us_and_vllms_own_metrics(tiny_base: Path) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import IterationStats, PrefixCacheStats, SchedulerStats
+
+    from server.engine.stats import own_metrics, stat_loggers
+
     arguments = engine_arguments(tiny_base, engine_settings())
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     seen: list[EngineStep] = []
@@ -48,6 +53,10 @@ def test_a_step_reaches_us_and_vllms_own_metrics(tiny_base: Path) -> None:
 
 
 def test_times_of_a_row() -> None:
+    from vllm.v1.metrics.stats import RequestStateStats
+
+    from server.engine.stats import row_times
+
     assert row_times(None) is None
     assert row_times(RequestStateStats(queued_ts=1.0, scheduled_ts=2.0)) is None
     assert row_times(RequestStateStats(queued_ts=1.0, scheduled_ts=2.0, first_token_ts=3.0)) == RowTimes(1.0, 2.0, 3.0)

@@ -95,6 +95,7 @@ main(*sys.argv[1:])
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["publish", "move", "delete"])
 def test_r12_killed_at_any_step(operation: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", ZYGOTE, operation, str(tmp_path)]

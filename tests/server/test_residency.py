@@ -70,6 +70,7 @@ def zipf(count: int, draws: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(count), weights, k=draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed_bytes", [0, 150])
 async def test_300_deltas_with_room_for_16_serve_a_zipf_load(store: Store, packed_bytes: int) -> None:
     values = {

@@ -128,6 +128,7 @@ async def test_refusals_errors_and_keys(client: httpx.AsyncClient, admin: httpx.
     assert found["request_duration_seconds_count", "error", ROUTE] == 4
 
 
+@pytest.mark.slow
 async def test_o2_invented_names_make_no_series(house: Any, client: httpx.AsyncClient) -> None:
     """10,000 model names, straight into the application, and as many paths."""
 

@@ -63,6 +63,7 @@ def _samples(row: LabelRow) -> Samples:
 Recorded = {"draft": _draft, "samples": _samples}
 
 
+@pytest.mark.slow
 def test_the_guarantee_holds_over_many_calibration_sets(tmp_path: Path) -> None:
     """Rows drawn from a large population whose harm at every threshold is known."""
     fitted = fit(labels(tmp_path, rows(1500, stages=("draft", "samples", "ptrue"))), FitSettings(epsilon=0.03))

@@ -31,6 +31,7 @@ def test_a_rate_counts_what_the_check_accepts() -> None:
     assert Success(3, ()).rate == 1.0
 
 
+@pytest.mark.slow
 def test_train_compress_and_check_by_command(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path
 ) -> None:

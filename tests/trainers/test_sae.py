@@ -139,6 +139,7 @@ def test_recording_is_shuffled_complete_and_resumable(tiny_base: Path, tmp_path:
         harvest(lambda: model, ids, (0, 1), data, tmp_path / "cut", "other", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_tiny_run_reconstructs_and_saves_what_it_measured(
     architecture: str, tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +166,7 @@ def test_tiny_run_reconstructs_and_saves_what_it_measured(
     }
 
 
+@pytest.mark.slow
 def test_interrupted_training_ends_with_the_same_weights(
     tiny_base: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

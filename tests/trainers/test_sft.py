@@ -26,6 +26,7 @@ def _losses(record: dict[str, object]) -> list[float]:
     return [float(entry["loss"]) for entry in record["losses"]]  # type: ignore[attr-defined]  # a record is plain JSON
 
 
+@pytest.mark.slow
 def test_loss_falls_and_only_projections_change(recipe_file: Path, tiny_base: Path, tmp_path: Path) -> None:
     run = train_sft(load_recipe(recipe_file), recipe_file.parent, tmp_path / "run")
     losses = _losses(run.record)
@@ -44,6 +45,7 @@ def test_loss_falls_and_only_projections_change(recipe_file: Path, tiny_base: Pa
     AutoModelForCausalLM.from_pretrained(run.model)
 
 
+@pytest.mark.slow
 def test_products_in_bf16_train_fp32_weights(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file)
     train = recipe.train.model_copy(update={"precision": "bf16", "steps": 4})
@@ -59,6 +61,7 @@ def test_products_in_bf16_train_fp32_weights(recipe_file: Path, tmp_path: Path) 
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_run_json_is_enough_to_repeat_the_run(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file)
     train_sft(recipe, recipe_file.parent, tmp_path / "run")
@@ -74,6 +77,7 @@ def test_run_json_is_enough_to_repeat_the_run(recipe_file: Path, tmp_path: Path)
     assert [entry["step"] for entry in record["losses"]] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
