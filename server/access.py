@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import time
 import uuid
@@ -116,7 +117,7 @@ class AccessMiddleware:
 
 
 def _headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
-    """Of every answer; those about a delta where a request has come so far."""
+    """Of every answer; those about a delta where a request has come so far, those about limits where the key has some."""
     made = exchange.decisions
     waits_s = {"x-queue-time-ms": made.queue_s, "x-swap-time-ms": made.delta_wait_s}
     told = {
@@ -126,6 +127,10 @@ def _headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
         "x-delta-version": made.delta_version,
         **{name: None if waited_s is None else f"{waited_s * 1000:.1f}" for name, waited_s in waits_s.items()},
     }
+    for left in exchange.allowances():
+        told[f"x-ratelimit-limit-{left.what}"] = str(left.limit)
+        told[f"x-ratelimit-remaining-{left.what}"] = str(left.remaining)
+        told[f"x-ratelimit-reset-{left.what}"] = f"{math.ceil(left.reset_s * 1000)}ms"
     found = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
     return found + gate_report.headers(made.gated)
 

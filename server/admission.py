@@ -5,10 +5,13 @@ refused at once, with the time after which, at the pace of the last minute, ther
 turn (turns.py).
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 from server.core import GatewayError, InvalidRequest
 from server.keys import ANYBODY, Caller
@@ -61,6 +64,16 @@ class Load:
         self.rows_done = Pace(clock)
         self.tokens_done = Pace(clock)
         self.refill = 0.0  # when the requests of this minute will be forgotten (GCRA)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a key has left of a limit on `what`, and in how many seconds all of it will be there again if it asks for no more."""
+
+    what: Literal["requests", "tokens"]
+    limit: int
+    remaining: int
+    reset_s: float
 
 
 class Permit:
@@ -136,6 +149,19 @@ class Admission:
             for load in loads:
                 load.rows -= rows
                 load.rows_done.add(rows)
+
+    def allowances(self, caller: Caller) -> list[Allowance]:
+        """Of requests a minute and of prompt tokens that may wait, where the key is limited so."""
+        own = self._callers.get(caller.key_id or "") or Load(self._clock)
+        found, a_minute, tokens = [], caller.limits.requests_per_minute, caller.limits.max_queued_tokens
+        if a_minute is not None:
+            full_in_s = max(own.refill - self._clock(), 0.0)
+            spent = math.ceil((full_in_s - 0.001) * a_minute / _WINDOW_S)
+            found.append(Allowance("requests", a_minute, max(a_minute - spent, 0), full_in_s))
+        if tokens is not None:
+            reset_s = own.tokens_done.wait_s(own.queued_tokens) if own.queued_tokens else 0.0
+            found.append(Allowance("tokens", tokens, tokens - own.queued_tokens, reset_s))
+        return found
 
     def _check_caller(self, caller: Caller, own: Load, rows: int) -> None:
         limits = caller.limits

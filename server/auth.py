@@ -1,7 +1,10 @@
 """API keys at the HTTP edge: who asks, and may they. What a key is and may do is in keys.py."""
 
+from functools import partial
+
 from fastapi import Request
 
+from server.admission import Admission
 from server.core import GatewayError
 from server.keys import Caller, Keys, Scope
 from server.telemetry import Exchange
@@ -27,7 +30,9 @@ async def require_inference(request: Request) -> None:
     """The guard of the inference routes, as a FastAPI dependency. Raises MissingKey, InvalidKey, InsufficientScope."""
     keys: Keys = request.app.state.keys
     if not keys.inference_open:
-        _admit(request, keys, "inference")
+        caller = _admit(request, keys, "inference")
+        admission: Admission = request.app.state.context.admission
+        Exchange.of(request.scope).allowances = partial(admission.allowances, caller)
 
 
 async def require_admin(request: Request) -> None:

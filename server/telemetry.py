@@ -1,7 +1,7 @@
 """One HTTP exchange as log line and metrics see it, and all metrics of the gateway in one registry."""
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from server.admission import Allowance
 from server.decisions import Decisions
 from server.gate_report import GateMetrics
 from server.keys import ANYBODY, Caller
@@ -40,7 +41,7 @@ class Exchange:
     """One HTTP request and its answer, as the log line and the metrics see it; filled in along the way.
 
     `failed_status` is what went wrong after the status line was sent; `error` is set for our own faults only. `gone_at`: when
-    the client was seen to have left, of `time.perf_counter`.
+    the client was seen to have left, of `time.perf_counter`. `allowances`: what the key has left of its limits, now.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Exchange:
     failed_status: int | None = None
     gone_at: float | None = None
     trace: TraceContext | None = None  # the client's
+    allowances: Callable[[], Sequence[Allowance]] = tuple
 
     def attach(self, scope: MutableMapping[str, Any]) -> None:
         scope.setdefault("state", {})["exchange"] = self

@@ -250,6 +250,42 @@ async def test_prompt_tokens_of_a_key_are_429_while_they_wait(shared: Any, ask: 
     assert shared.idle()
 
 
+def left(response: httpx.Response, what: str) -> tuple[int, int, float]:
+    """Limit, remaining, and the seconds to the reset, as OpenAI's headers tell them."""
+    limit, remaining, reset = (response.headers[f"x-ratelimit-{of}-{what}"] for of in ("limit", "remaining", "reset"))
+    assert reset.endswith("ms")
+    return int(limit), int(remaining), int(reset.removesuffix("ms")) / 1000
+
+
+async def test_a_limited_key_is_told_what_it_has_left(shared: Any, ask: Any) -> None:
+    """What the headers say remains is what is let in, also on the answer that refuses, and in a stream before its first event."""
+    for remaining, reset_s in ((1, 30), (0, 60)):
+        told = left(await ask("slow", stream=bool(remaining)), "requests")
+        assert told == (2, remaining, pytest.approx(reset_s, abs=3))
+    refused = await ask("slow")
+    assert (code(refused)[0], left(refused, "requests")[:2]) == (429, (2, 0))
+    asked = left(refused, "requests")[2] - int(refused.headers["retry-after-ms"]) / 1000
+    assert asked == pytest.approx(30, abs=0.1)  # the next one is due when one of two has been forgotten
+    async with shared.client(bearer("slow")) as client:
+        assert left(await client.get("/v1/models"), "requests")[:2] == (2, 0)  # which costs nothing
+
+    shared.engine.block_at = 0
+    running = asyncio.create_task(ask("small", prompt="a" * 30))
+    while not shared.engine.running:
+        await asyncio.sleep(0)
+    shared.engine.block_at = None
+    refused = await ask("small", prompt="a" * 11)
+    limit, remaining, reset_s = left(refused, "tokens")
+    assert (limit, remaining) == (40, 10)
+    assert reset_s > 0
+    assert "x-ratelimit-limit-requests" not in refused.headers
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert left(await ask("small", prompt="a" * 40), "tokens") == (40, 40, 0)
+    for name in ("red", "both", "nobody"):
+        assert not [header for header in (await ask(name)).headers if header.startswith("x-ratelimit")]
+
+
 async def test_requests_a_minute_are_429_with_the_time_until_the_next(shared: Any, ask: Any) -> None:
     assert [(await ask("slow")).status_code for _ in range(2)] == [200, 200]
     refused = await ask("slow")
