@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from server.config import SettingsError, load_settings
+from server.config import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -88,8 +88,12 @@ def run_serve(args: argparse.Namespace) -> int:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
             flags.setdefault(section, {})[key] = value
+
+    def load() -> Settings:
+        return load_settings(args.config, os.environ, flags)
+
     try:
-        settings = load_settings(args.config, os.environ, flags)
+        settings = load()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -99,7 +103,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from server.serve import serve
 
     model: str = args.model
-    return serve(model, settings)
+    return serve(model, settings, lambda: load().auth)
 
 
 def add_demo(subparsers: "Subparsers") -> None:

@@ -68,6 +68,13 @@ class Keys:
         self.inference_open = inference_open
         self._keys = tuple(keys)
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def become(self, other: "Keys") -> None:
+        """Hold the keys of `other` from the next request on."""
+        self.inference_open, self._keys = other.inference_open, other._keys
+
     @property
     def any_admin(self) -> bool:
         return any("admin" in key.caller.scopes for key in self._keys)

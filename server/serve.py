@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,10 +39,11 @@ from server.artifacts.checks import (
     token_ids,
 )
 from server.artifacts.store import Store, backing
-from server.config import ServerSettings, Settings, StoreSettings
+from server.config import AuthSettings, ServerSettings, Settings, StoreSettings
 from server.engine.base import EngineDelta, EngineError
 from server.gateway import Gateway
 from server.guard import guarded
+from server.key_files import KeyFiles
 from server.keys import Keys
 from server.logs import LogFormat, log_to_stderr
 from server.own_tokenizers import OwnTokenizers, loader
@@ -57,14 +58,19 @@ class PortError(Exception):
     """The address cannot be listened on."""
 
 
-def serve(model: str, settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each."""
+def serve(model: str, settings: Settings, read_auth: Callable[[], AuthSettings]) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status; errors of the start are printed, one line each.
+
+    `read_auth` reads the settings' section `auth` and its files again. Raises SettingsError.
+    """
     try:
         with _listening(settings.server) as listeners, contextlib.closing(_store(settings.store)) as store:
             store.open()
             context, keys = _build(resolve_base(model), settings, store)
             app = _app(context, keys, listeners)
-            return asyncio.run(_run(app, context.gateway, listeners, settings.server, settings.telemetry.log_format))
+            key_files = KeyFiles(keys, settings.auth, read_auth, context.telemetry.key_reloads)
+            log_format = settings.telemetry.log_format
+            return asyncio.run(_run(app, context.gateway, listeners, settings.server, key_files, log_format))
     except (
         PortError,
         StoreError,
@@ -186,9 +192,12 @@ async def _run(
     gateway: Gateway,
     listeners: Sequence[socket.socket],
     settings: ServerSettings,
+    key_files: KeyFiles,
     log_format: LogFormat = "json",
 ) -> int:
     log_to_stderr(log_format)
+    key_files.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, key_files.reload)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -226,4 +235,5 @@ async def _run(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         await gateway.stop()
+        await key_files.stop()
     return status

@@ -104,6 +104,14 @@ class Telemetry:
         )
         for outcome in ("parsed", "malformed", "suppressed"):
             self.tool_calls.labels(outcome)
+        self.key_reloads = Counter(
+            "deltaworks_key_reloads",
+            "Times that keys were read again, by whether they could be.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("ok", "error"):
+            self.key_reloads.labels(outcome)
         self.labels.bind(self.http.requests)
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)

@@ -27,14 +27,15 @@ from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
 from server.artifacts.watcher import Watcher
 from server.build import installed
-from server.config import AuthSettings, Settings, SteeringSettings, TelemetrySettings, ToolsSettings
+from server.config import Settings, SteeringSettings, TelemetrySettings, ToolsSettings
 from server.core import ProfileSteering
 from server.engine.base import Engine
 from server.gate import Gate
 from server.gate_policies import Policies
 from server.gate_probes import Prober
 from server.gateway import Gateway
-from server.keys import Keys, plain_keys
+from server.key_files import keys_of
+from server.keys import Keys
 from server.own_tokenizers import OwnTokenizers
 from server.prompt import PromptRenderer, Tokenizer
 from server.routes.context import Context, Limits
@@ -115,7 +116,7 @@ def wire(
         prompts=prompts,
         unread=Unread(),
     )
-    return context, _keys(settings.auth)
+    return context, keys_of(settings.auth)
 
 
 def _turns(settings: Settings, telemetry: Telemetry) -> Turns:
@@ -123,14 +124,6 @@ def _turns(settings: Settings, telemetry: Telemetry) -> Turns:
     engine = settings.engine
     rows = settings.admission.max_running or engine.max_num_seqs + max(1, engine.max_num_seqs // 8)
     return Turns(rows, engine.deltas_per_batch, TurnMetrics(telemetry.registry))
-
-
-def _keys(auth: AuthSettings) -> Keys:
-    """Admin keys alone leave inference open; any other key that may infer closes it."""
-    api, admin = ([key.get_secret_value() for key in keys] for keys in (auth.api_keys, auth.admin_keys))
-    named = [entry.key() for entry in auth.keys]
-    closed = bool(api) or any("inference" in key.caller.scopes for key in named)
-    return Keys([*plain_keys(api, admin), *named], inference_open=not closed)
 
 
 def _planner(

@@ -129,9 +129,10 @@ from pathlib import Path
 from server import serve
 from server.artifacts.checks import Checks
 from server.artifacts.store import Store
-from server.config import Settings
+from server.config import load_settings
 from server.core import FinishReason, TokenEvent
 from server.engine.base import EngineError
+from server.key_files import KeyFiles
 from server.wiring import Base, wire
 
 class Tokenizer:
@@ -139,7 +140,7 @@ class Tokenizer:
     def encode(self, text, add_special_tokens): return list(text.encode())
 
 class Engine:
-    max_model_len, dead, dtype = 64, False, "float32"
+    max_model_len, dead, dtype, busy, signs = 64, False, "float32", False, 0
     def watch(self, observe): ...
     def own_metrics(self): return ()
     async def start(self):
@@ -152,13 +153,16 @@ class Engine:
             yield TokenEvent(0, "x", (1,), None, FinishReason.STOP if step == 4 else None, 1, 0)
 
 store = Store(Path(sys.argv[1], "store"))
-settings = Settings()
+keys = Path(sys.argv[1], "keys")
+def load(): return load_settings(None, {}, {"auth": {"api_key_file": keys}} if keys.exists() else {})
+settings = load()
 ports = {"port": 0, "admin_port": 0 if sys.argv[2] == "split" else None}
 with serve._listening(settings.server.model_copy(update=ports)) as listeners:
     store.open()
-    context, keys = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
-    app = serve._app(context, keys, listeners)
-    status = asyncio.run(serve._run(app, context.gateway, listeners, settings.server))
+    context, known = wire(settings, store, Base("b", "f"), Engine(), Tokenizer(), Checks(None, None, None, None))
+    app = serve._app(context, known, listeners)
+    key_files = KeyFiles(known, settings.auth, lambda: load().auth, context.telemetry.key_reloads)
+    status = asyncio.run(serve._run(app, context.gateway, listeners, settings.server, key_files))
     store.close()
 sys.exit(status)
 """
@@ -166,6 +170,8 @@ sys.exit(status)
 
 @pytest.fixture
 def process(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    if request.param == "keys":
+        (tmp_path / "keys").write_text("one\n")
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), request.param]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
@@ -253,6 +259,32 @@ def test_s4_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path
     assert httpx.get(f"{admin}/v1/admin/status").json()["error"]["code"] == "admin_disabled"
     assert httpx.get(f"{url}/v1/models").status_code == 200
     assert httpx.get(f"{admin}/v1/models").json()["error"]["code"] == "route_not_found"
+
+
+@pytest.mark.parametrize("process", ["keys"], indirect=True)
+def test_keys_are_read_again_on_sighup(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    url = first_url(process)
+
+    def models(key: str) -> int:
+        return httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    def told(outcome: str) -> None:
+        line = f'deltaworks_key_reloads_total{{outcome="{outcome}"}} 1.0'
+        deadline = time.monotonic() + 10
+        process.send_signal(signal.SIGHUP)
+        while line not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    until(f"{url}/health/live", 200)
+    assert (models("one"), models("two")) == (200, 401)
+    (tmp_path / "new").write_text("two\n")
+    (tmp_path / "new").replace(tmp_path / "keys")
+    told("ok")
+    assert (models("one"), models("two")) == (401, 200)
+    process.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize("process", ["load"], indirect=True)
