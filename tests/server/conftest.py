@@ -77,6 +77,7 @@ def settings() -> Settings:
                 "edit_wait_s": 0.1,
                 "drain_timeout_s": 5,
             },
+            "gate": {"timeout_ms": 60_000},
             "server": {"max_body_bytes": 20_000, "max_upload_bytes": 3_000_000},
         }
     )

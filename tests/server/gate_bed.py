@@ -15,6 +15,7 @@ CHAT = "/v1/chat/completions"
 EASY, HARD = "Who wrote it?", "What is 12345 + 67890?"  # static scores 0.88 and 0.40
 STATIC = {"stages": [stage("static", -1, 2, 0.1, 0.9)], "probes": {}}  # the threshold is 0.8
 SURE, UNSURE, HOPELESS = Said(("80235",), -0.01), Said(("80235",), -0.3), Said(("80235",), -2.0)
+PATIENT_MS = 60_000  # a busy machine is no reason to decide otherwise
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "1+1"}}</tool_call>'
 
 
@@ -44,7 +45,9 @@ class Bed:
     def document(self, **changes: Any) -> dict[str, Any]:
         """Bound to the base of the house, unless `changes` say otherwise."""
         bound = {"base_fingerprint": "sha256:ba5e", "delta_digest": None, "template_sha256": self.template}
-        return document(**{**changes, "model": {**bound, **changes.get("model", {})}})
+        made = document(**{**changes, "model": {**bound, **changes.get("model", {})}})
+        made["probes"] = {**made["probes"], "timeout_ms": changes.get("probes", {}).get("timeout_ms", PATIENT_MS)}
+        return made
 
     async def policy(self, name: str = "gate", **changes: Any) -> str:
         """Upload a policy; its digest."""
