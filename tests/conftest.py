@@ -9,7 +9,7 @@ from xdist.scheduler import LoadScopeScheduling
 _ENGINES = {
     "world": ("test_added_tokens", "test_combined_engine", "test_whole"),
     "base_server": ("test_demo", "test_gate_engine", "test_tools_engine"),
-    "tiny_engine": ("test_edit_truths", "test_sampling_engine", "test_truths"),
+    "tiny_engine": ("test_edit_truths", "test_four_parts", "test_sampling_engine", "test_truths"),
     "residency": ("test_residency_engine",),
     "triton": ("test_triton_engine",),
 }

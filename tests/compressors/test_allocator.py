@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compressors.errors import BudgetError
@@ -44,6 +44,7 @@ def loop_reference(sigma, sparsity, pruned, c, slack):
     return drops[:last] + [1.0] * (len(sigma) - last)
 
 
+@settings(deadline=None)
 @given(
     sigma=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60),
     ratio=st.floats(1.5, 64),
@@ -66,6 +67,7 @@ def test_meets_the_budget_for_every_spectrum_and_shape(sigma, ratio, beta, c, ou
         assert sum(kept) > budget * min(1.0, int(survivors) / survivors) - 1 - 1e-6
 
 
+@settings(deadline=None)
 @given(
     sigma=st.lists(st.floats(0.01, 10), min_size=3, max_size=40),
     ratio=st.floats(4, 64),

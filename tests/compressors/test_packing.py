@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressors.errors import ArtifactError
@@ -16,6 +16,7 @@ codes = st.sampled_from(WIDTHS).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(codes)
 def test_packed_values_come_back(drawn):
     width, values = drawn
@@ -47,6 +48,7 @@ masks = st.integers(1, 700).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(masks, st.sampled_from(CODES))
 def test_masks_come_back(drawn, code):
     rows, keep, seed = drawn

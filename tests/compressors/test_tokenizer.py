@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -89,6 +89,7 @@ GROWN = WORDS | {"<act>": 40, "quickly": 41}
 # The difference of two texts
 
 
+@settings(deadline=None)
 @given(lines, lines)
 def test_a_text_comes_back_from_its_difference_to_any_other(one: str, other: str):
     assert line_delta.decode(line_delta.encode(one, other), other) == one
@@ -103,6 +104,7 @@ def test_operations_that_do_not_fit_are_refused(operations: object):
         line_delta.decode(zlib.compress(json.dumps(operations).encode()), "a\nb")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused(data: bytes):
     with pytest.raises(ArtifactError):

@@ -1,15 +1,15 @@
 """Drives the real engine from plain tests: rows in, tokens and logprobs out."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.config import EngineSettings
 from server.core import Sampling, TokenEvent
-from server.engine.base import EditReport, EngineDelta, EngineEdit
+from server.engine.base import EditReport, EngineDelta, EngineEdit, EngineStep
 from server.engine.vllm import VLLMEngine
 
 KV_BYTES = 64 << 20
@@ -41,8 +41,15 @@ class Runner:
     ) -> None:
         self.loop = asyncio.new_event_loop()
         self.engine = VLLMEngine(base, settings, own_tokenizer)
+        self.steps: list[EngineStep] = []
+        self.engine.watch(self.steps.append)
         self.loop.run_until_complete(self.engine.start())
         self._count = 0
+
+    @property
+    def preemptions(self) -> int:
+        """How often a row had to give its cache up, so far."""
+        return sum(step.preemptions for step in self.steps)
 
     def load(self, delta: EngineDelta) -> int:
         return self.loop.run_until_complete(self.engine.load(delta))
@@ -104,6 +111,18 @@ class Runner:
     def stop(self) -> None:
         self.loop.run_until_complete(self.engine.stop())
         self.loop.close()
+
+
+@contextmanager
+def running(base: Path, deltas: Sequence[EngineDelta], **changes: object) -> Iterator[Runner]:
+    """An engine with all of the deltas resident; `changes` are to its settings."""
+    runner = Runner(base, engine_settings(**changes))
+    try:
+        for delta in deltas:
+            runner.load(delta)
+        yield runner
+    finally:
+        runner.stop()
 
 
 def engine_settings(**changes: object) -> EngineSettings:

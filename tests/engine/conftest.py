@@ -15,8 +15,9 @@ from compressors.impart import ImPartConfig
 from server.engine.base import EngineDelta
 from server.own_tokenizers import OwnTokenizers, loader
 from server.prompt import HuggingFaceTokenizer
-from tests.engine.bed import Runner, engine_settings
+from tests.engine.bed import Runner, engine_settings, running
 
+BLOCK_BYTES = 128 * 3 * 2 * 2 * 32 * 4  # tokens, layers, K and V, heads, width, fp32
 RESERVED = 2048  # so many that tokens drawn from a flat distribution would be among them
 TINY = {
     "hidden_size": 128,
@@ -79,11 +80,23 @@ def tiny_deltas(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Runner]:
     """One engine with all three deltas resident. It heeds priorities; where all are equal that changes nothing."""
-    runner = Runner(tiny_base, engine_settings(scheduling_policy="priority"))
-    for delta in tiny_deltas:
-        runner.load(delta)
-    yield runner
-    runner.stop()
+    with running(tiny_base, tiny_deltas, scheduling_policy="priority") as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def chunked_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Runner]:
+    """Chunks of 48 tokens, two threads, and so small a cache that rows which grow are thrown out and computed again."""
+    changes = {"max_num_batched_tokens": 48, "threads": 2, "kv_cache_bytes": 7 * BLOCK_BYTES}
+    with running(tiny_base, tiny_deltas, **changes) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def torch_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Runner]:
+    """Deltas in torch's form, and too small a cache for all rows here too."""
+    with running(tiny_base, tiny_deltas, kernel="torch", kv_cache_bytes=15 * BLOCK_BYTES) as runner:
+        yield runner
 
 
 @dataclass(frozen=True)

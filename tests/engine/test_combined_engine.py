@@ -9,9 +9,9 @@ from server.artifacts.combination import combination
 from server.core import Sampling
 from server.engine.base import EngineDelta, EngineLoadError, WeightedDelta
 from server.engine.sampling import sampling_params
-from tests.engine.bed import Row, Runner
+from tests.engine.bed import Row
 from tests.engine.conftest import World
-from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle, running
+from tests.engine.test_truths import PROMPTS, assert_same, merged, oracle
 
 pytestmark = pytest.mark.engine
 
@@ -106,36 +106,3 @@ def test_end_tokens_of_the_base_stand_beside_a_parts_own_where_another_part_keep
     for delta, ignores in ((own, True), (plain, False), (combined((own, 1), (plain, 1)), False)):
         params = sampling_params(Sampling(max_tokens=4), delta)
         assert (params.ignore_eos, params.stop_token_ids) == (ignores, list(delta.stop_ids))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"kernel": "torch"}, id="torch-form"),
-        pytest.param({"threads": 2}, id="two-threads"),
-    ],
-)
-def test_four_parts_under(changes, tiny_base: Path, tiny_deltas: list[EngineDelta], tmp_path: Path):
-    """The fourth part is a merged file itself."""
-    fourth = merged_file(tiny_base, tmp_path / "fourth.safetensors", (tiny_deltas[0], 0.3), (tiny_deltas[1], 0.3))
-    parts = [*zip(tiny_deltas, (0.5, -0.4, 0.6), strict=True), (fourth, 0.7)]
-    file = merged_file(tiny_base, tmp_path / "file.safetensors", *parts)
-    all_four = combined(*parts)
-    rows = [Row(prompt, one) for prompt in PROMPTS[:2] for one in (all_four, None, tiny_deltas[0])]
-    with running(tiny_base, [*tiny_deltas, fourth, all_four], **changes) as runner:
-        answers = runner.answer(rows, 8)
-    models = {one: merged(tiny_base, file if one == all_four else one) for one in (all_four, None, tiny_deltas[0])}
-    for row, answer in zip(rows, answers, strict=True):
-        assert_same(answer, oracle(models[row.delta], row.prompt, 8))
-
-
-def test_the_runner_stays_usable(tiny_engine: Runner, tiny_deltas: list[EngineDelta]):
-    """Many weights of one pair, one after the other, leave nothing behind."""
-    rows = [Row(prompt, tiny_deltas[0]) for prompt in PROMPTS]
-    before = tiny_engine.answer(rows, 8)
-    for i in range(3):
-        both = combined((tiny_deltas[0], i / 4), (tiny_deltas[1], 1 - i / 4))
-        tiny_engine.load(both)
-        tiny_engine.answer([Row(PROMPTS[0], both)], 4)
-        tiny_engine.unload(both)
-    assert_same(tiny_engine.answer(rows, 8)[0], before[0])

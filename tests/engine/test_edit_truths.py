@@ -2,7 +2,6 @@
 cut, preempted and cached, and they never reach another request."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from server.engine.base import EngineEdit, EngineError, EngineLoadError
 from steering.profile import Profile
-from tests.engine.bed import Answer, Row, Runner, engine_settings
+from tests.engine.bed import Answer, Row, Runner
 from tests.engine.edit_bed import (
     PROBE_LAYER,
     Edits,
@@ -56,14 +55,11 @@ def made(edits: Edits) -> dict[str, EngineEdit]:
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_base: Path, tiny_deltas, made) -> Iterator[Runner]:
-    """One engine with every edit and one delta resident."""
-    found = Runner(tiny_base, engine_settings())
+def runner(tiny_engine: Runner, made) -> Runner:
+    """The engine of the deltas, with every edit resident."""
     for each in made.values():
-        found.load_edit(each)
-    found.load(tiny_deltas[0])
-    yield found
-    found.stop()
+        tiny_engine.load_edit(each)
+    return tiny_engine
 
 
 @pytest.fixture(scope="module")
@@ -350,22 +346,18 @@ def test_an_unloaded_edit_is_gone_and_comes_back(runner: Runner, made, expected)
 # Cut into chunks, thrown out and computed again
 
 
-def test_chunked_and_preempted_rows_keep_their_edits(tiny_base: Path, edits: Edits, made, oracle: Oracle):
-    """Twelve rows that grow into a second block each, in a cache of seven blocks, with chunks of 48 tokens."""
-    blocks, token_bytes = 7, 3 * 2 * 2 * 32 * 4  # layers, K and V, heads, width, fp32
-    prompts = [tuple(range(start, start + 118)) for start in range(1000, 1600, 200)]
+def test_chunked_and_preempted_rows_keep_their_edits(chunked_engine: Runner, edits: Edits, made, oracle: Oracle):
+    """Sixteen rows that grow into a second block each, in chunks of 48 tokens."""
+    prompts = [tuple(range(start, start + 118)) for start in range(2000, 2800, 200)]
     guarded = edit(edits.profile("use_context"), generation="all", probe=edits.probe(), at_least=0.5)
     probe = Profile.open(Path(edits.probe()["path"])).probe
     chosen = {name: made[name] for name in ("last", "everywhere")} | {"guarded": guarded}
     rows = [Row(prompt, edit=each) for prompt in prompts for each in (None, *chosen.values())]
-    assert 2 * len(rows) > blocks
-    found = Runner(tiny_base, engine_settings(kv_cache_bytes=blocks * BLOCK * token_bytes, max_num_batched_tokens=48))
-    try:
-        for each in chosen.values():
-            found.load_edit(each)
-        together = found.answer(rows, 24)
-    finally:
-        found.stop()
+    before = chunked_engine.preemptions
+    for each in chosen.values():
+        chunked_engine.load_edit(each)
+    together = chunked_engine.answer(rows, 24)
+    assert chunked_engine.preemptions > before
     for row, answer in zip(rows, together, strict=True):
         if row.edit is guarded:
             score = float(probe.score(oracle.stream(row.prompt, PROBE_LAYER)[-1:]))

@@ -1,8 +1,6 @@
 """The three truths of the engine, on vLLM with a tiny Llama in fp32: alone equals mixed, served equals merged, and no key or value
 of the cache crosses a delta. Each comparison is by tokens and by logprobs: tokens alone can agree by luck."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from compressors.artifact import Artifact
 from compressors.decompress import delta_tensor
 from server.engine.base import EngineDelta
-from tests.engine.bed import Answer, Row, Runner, engine_settings
+from tests.engine.bed import Answer, Row, Runner, running
 
 pytestmark = pytest.mark.engine
 
@@ -133,29 +131,24 @@ def test_reloading_gives_the_same_delta(tiny_engine: Runner, tiny_deltas, expect
     assert_same(tiny_engine.answer([row])[0], expected[key(row)])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"max_num_batched_tokens": 48}, id="chunked-prefill"),
-        pytest.param({"kernel": "torch"}, id="torch-form"),
-        pytest.param({"deltas_per_batch": 1}, id="one-delta-per-batch"),
-    ],
-)
-def test_the_truths_hold_under(changes, tiny_base: Path, tiny_deltas, expected):
-    with running(tiny_base, tiny_deltas, **changes) as runner:
-        rows = mixed_rows(tiny_deltas)
-        for row, answer in zip(rows, runner.answer(rows), strict=True):
-            assert_same(answer, expected[key(row)])
+@pytest.fixture(params=["chunked_engine", "torch_engine"])
+def tight_engine(request: pytest.FixtureRequest) -> Runner:
+    return request.getfixturevalue(request.param)
 
 
-def test_preempted_rows_continue_with_their_delta(tiny_base: Path, tiny_deltas):
-    """Sixteen rows that grow into a second block each, in a cache of fifteen blocks."""
-    blocks, block_tokens, token_bytes = 15, 128, 3 * 2 * 2 * 32 * 4  # layers, K and V, heads, width, fp32
+def test_served_equals_merged_in_chunks_and_in_torchs_form(tight_engine: Runner, tiny_deltas, expected):
+    rows = mixed_rows(tiny_deltas)
+    for row, answer in zip(rows, tight_engine.answer(rows), strict=True):
+        assert_same(answer, expected[key(row)])
+
+
+def test_preempted_rows_continue_with_their_delta(tight_engine: Runner, tiny_base: Path, tiny_deltas):
+    """Sixteen rows that grow into a second block each."""
+    before = tight_engine.preemptions
     prompts = [tuple(range(start, start + 118)) for start in range(1000, 1800, 200)]
     rows = [Row(prompt, delta) for prompt in prompts for delta in (None, *tiny_deltas)]
-    assert 2 * len(rows) > blocks
-    with running(tiny_base, tiny_deltas, kv_cache_bytes=blocks * block_tokens * token_bytes) as runner:
-        together = runner.answer(rows)
+    together = tight_engine.answer(rows)
+    assert tight_engine.preemptions > before
     for delta in (None, *tiny_deltas):
         model = merged(tiny_base, delta)
         for row, answer in zip(rows, together, strict=True):
@@ -163,13 +156,8 @@ def test_preempted_rows_continue_with_their_delta(tiny_base: Path, tiny_deltas):
                 assert_same(answer, oracle(model, row.prompt, 24))
 
 
-@contextmanager
-def running(base: Path, deltas: list[EngineDelta], **changes: object) -> Iterator[Runner]:
-    """An engine of its own for one test, with all deltas resident."""
-    runner = Runner(base, engine_settings(**changes))
-    try:
-        for delta in deltas:
-            runner.load(delta)
-        yield runner
-    finally:
-        runner.stop()
+def test_served_equals_merged_with_one_delta_per_batch(tiny_base: Path, tiny_deltas, expected):
+    with running(tiny_base, tiny_deltas, deltas_per_batch=1) as runner:
+        rows = mixed_rows(tiny_deltas)
+        for row, answer in zip(rows, runner.answer(rows), strict=True):
+            assert_same(answer, expected[key(row)])
