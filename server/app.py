@@ -13,7 +13,7 @@ from server import errors
 from server.access import AccessMiddleware, Receive, Send
 from server.auth import require_admin, require_inference
 from server.keys import Keys
-from server.routes import adapters, artifacts, generation, health, models, operation, tokens
+from server.routes import adapters, artifacts, generation, health, models, openapi, operation, tokens
 from server.routes.context import Context
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
@@ -31,6 +31,7 @@ ROUTES: Table = (
     (PUBLIC, "GET", "/metrics", health.metrics),
     (PUBLIC, "GET", "/metrics/engine", health.engine_metrics),
     (PUBLIC, "GET", "/metrics/compat", health.compat_metrics),
+    (PUBLIC, "GET", "/openapi.json", openapi.openapi),
     (INFERENCE, "POST", "/v1/chat/completions", generation.chat),
     (INFERENCE, "POST", "/v1/completions", generation.completions),
     (INFERENCE, "POST", "/tokenize", tokens.tokenize),
@@ -91,6 +92,7 @@ def create_app(context: Context, keys: Keys, table: Table = ROUTES) -> FastAPI:
     app = FastAPI(title="Deltaworks", openapi_url=None, redirect_slashes=False)
     app.state.context = context
     app.state.keys = keys
+    app.state.table = table
     app.router.routes.extend(_routes(table))
     for kind in (*errors.TABLE, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, errors.answer)

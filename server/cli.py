@@ -124,7 +124,35 @@ def run_demo(args: argparse.Namespace) -> int:
     return demo(args.deltas, args.port, args.once)
 
 
-OWN: dict[str, AddParser] = {"bench": add_bench, "demo": add_demo, "keys": add_keys, "serve": add_serve}
+def add_openapi(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser("openapi", help="print the OpenAPI document of the whole HTTP API")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there instead")
+    parser.set_defaults(run=run_openapi)
+
+
+def run_openapi(args: argparse.Namespace) -> int:
+    from server.app import ROUTES
+    from server.routes.openapi import rendered
+
+    document = rendered(ROUTES).decode()
+    if args.output is None:
+        print(document)
+        return 0
+    try:
+        args.output.write_text(document + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"error: cannot write {args.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+OWN: dict[str, AddParser] = {
+    "bench": add_bench,
+    "demo": add_demo,
+    "keys": add_keys,
+    "openapi": add_openapi,
+    "serve": add_serve,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -153,6 +153,8 @@ class ToolUse:
 
 
 GateMode = Literal["off", "observe", "enforce"]
+# Where an uploaded artifact is; failed: it cannot be loaded as it is.
+ArtifactState = Literal["stored", "packed", "loading", "resident", "failed"]
 
 
 @dataclass(frozen=True)

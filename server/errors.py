@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from compressors import errors as delta_errors
 from server import admission, auth, core, deadline, gateway, prompt, proof, supervisor, wire
@@ -139,6 +140,12 @@ def codes() -> set[str]:
     return {mapping.code.format(kind=kind) for mapping in told for kind in kinds}
 
 
+def mapping_of(kind: type[Exception], about: str) -> Mapping:
+    """How an error of that class is answered where it is about that kind of artifact."""
+    mapping = _ROUTING[404] if kind is HTTPException else TABLE[kind]
+    return replace(mapping, code=mapping.code.format(kind=about))
+
+
 def describe(error: Exception) -> Problem:
     """What to answer for any error; classes that are not in the table are our bugs: 500, and no word about them."""
     mapping = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _INTERNAL)
@@ -162,7 +169,8 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     """Starlette's exception handler for every class that `create_app` registers."""
     if isinstance(error, HTTPException):
         mapping = _ROUTING.get(error.status_code, Mapping(error.status_code, REQUEST, "http_error", str(error.detail)))
-        problem = _problem(mapping, mapping.message or "", None, dict(error.headers or {}))
+        headers = {"allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
+        problem = _problem(mapping, mapping.message or "", None, headers)
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
         problem = _problem(TABLE[core.InvalidRequest], first["msg"], str(first["loc"][-1]), {})
@@ -173,6 +181,12 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     exchange.error = error if problem.status >= 500 else None
     exchange.gone_at = error.at if isinstance(error, body.ClientGone) else None
     return JSONResponse(problem.body, problem.status, problem.headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of that path; Starlette tells those of the first."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods}))
 
 
 def _problem(mapping: Mapping, message: str, param: str | None, headers: dict[str, str]) -> Problem:

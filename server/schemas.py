@@ -7,7 +7,7 @@ that would change the answer and that we do not do, OpenAI's or vLLM's, are refu
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.core import (
@@ -67,6 +67,12 @@ def _biases(value: object) -> dict[int, float]:
     return found
 
 
+_BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 StopString = Annotated[str, Field(min_length=1)]
 
@@ -88,7 +94,7 @@ class SamplingFields(WireModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases), WithJsonSchema(_BIASES)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     ignore_eos: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -173,7 +179,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[ToolBody], Field(fail_fast=True)] | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})] = None
     parallel_tool_calls: bool | None = None
     tool_gate: ToolGateBody | None = None
     functions: list[Any] | None = None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.core import (
@@ -82,15 +82,37 @@ def _latent_value(value: object) -> float | OfMax | None:
     )
 
 
+# What the validators above take, as JSON schemas for the API's document.
+_AN_INDEX: dict[str, Any] = {"type": "integer", "exclusiveMinimum": -_INDEX, "exclusiveMaximum": _INDEX}
+_A_WINDOW = {
+    "type": "array",
+    "prefixItems": [_AN_INDEX, {"anyOf": [_AN_INDEX, {"type": "null"}]}],
+    "minItems": 2,
+    "maxItems": 2,
+}
+_POSITIONS = {"type": "array", "items": _AN_INDEX, "minItems": 1, "maxItems": MAX_POSITIONS}
+
+
+def _only(key: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: schema}, "required": [key], "additionalProperties": False}
+
+
+_PROMPT = {"anyOf": [{"enum": ["last", "all", None]}, _only("positions", _POSITIONS), _only("window", _A_WINDOW)]}
+_GENERATION = {"anyOf": [{"enum": ["all", None]}, _only("window", _A_WINDOW)]}
+_NUMBER = {"type": ["number", "null"], "minimum": -MAX_VALUE, "maximum": MAX_VALUE}
+_FACTOR = {"type": "number", "minimum": -MAX_FACTOR, "maximum": MAX_FACTOR}
+_VALUE = {"anyOf": [_NUMBER, _only("x_max", _FACTOR)]}
+
+
 class Apply(OwnModel):
-    prompt: Annotated[Any, BeforeValidator(_prompt_positions)] = "last"
-    generation: Annotated[Any, BeforeValidator(_generation_steps)] = None
+    prompt: Annotated[Any, BeforeValidator(_prompt_positions), WithJsonSchema(_PROMPT)] = "last"
+    generation: Annotated[Any, BeforeValidator(_generation_steps), WithJsonSchema(_GENERATION)] = None
 
 
 class Feature(OwnModel):
     id: Annotated[int, Field(ge=0, lt=_INDEX)]
     op: Literal["raise", "lower", "set", "add", "scale", "ablate"]
-    value: Annotated[Any, BeforeValidator(_latent_value)] = None
+    value: Annotated[Any, BeforeValidator(_latent_value), WithJsonSchema(_VALUE)] = None
 
     @model_validator(mode="after")
     def _value_fits_op(self) -> Self:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.core import GatewayError, InvalidRequest
@@ -82,7 +82,7 @@ def parse(model: type[Body], body: bytes, unread: Unread | None = None) -> Body:
         for field in model.unserved:
             if found.get(field):
                 raise UnsupportedParameter(f"{field} is not supported", param=field)
-        if unread is not None:
+        if unread is not None and model.model_config.get("extra") == "ignore":
             unread.note(found.keys() - model.model_fields.keys())
     try:
         return model.model_validate_json(body)
@@ -202,11 +202,39 @@ def _param(detail: ErrorDetails) -> str | None:
     return ".".join(map(str, path))[:_MAX_PARAM] or None
 
 
+def _flag(value: object) -> object:
+    if isinstance(value, str) and value not in ("true", "false"):
+        raise PydanticCustomError("flag", "give true or false")
+    return value
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) <= 18):
+        raise PydanticCustomError("whole", "give a whole number in decimal digits")
+    return value
+
+
+# Of form and query fields: text, in the one form that JSON has for them.
+Flag = Annotated[bool, BeforeValidator(_flag)]
+WHOLE = BeforeValidator(_whole)
+
+
+def _integral(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# What a client believes the generation of a name to be. JSON knows no integers: 3.0 is 3.
+Generation = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+# Of an artifact; what is wrong with one is told by the registry, which knows the reserved ones too.
+ArtifactName = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
+
+
 class AliasMove(OwnModel):
     """Body of PUT /v1/admin/KIND/{name}/alias."""
 
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    expected_generation: Annotated[int, Field(ge=0)]
+    expected_generation: Generation
 
 
 class UploadFields(OwnModel):
@@ -214,9 +242,9 @@ class UploadFields(OwnModel):
 
     model_config = ConfigDict(strict=False)
 
-    name: str
+    name: ArtifactName
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     base_fingerprint: Annotated[str, Field(max_length=200)] | None = None
     description: Annotated[str, Field(max_length=1000)] = ""
-    expected_generation: Annotated[int, Field(ge=0)] | None = None
-    activate: bool = True
+    expected_generation: Annotated[int, Field(ge=0), WHOLE] | None = None
+    activate: Flag = True

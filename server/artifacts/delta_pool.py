@@ -18,7 +18,7 @@ from server.artifacts.names import KindError
 from server.artifacts.packed import Fetch, PackedDeltas, is_local
 from server.artifacts.pool import Pool, Resident
 from server.artifacts.registry import DELTA
-from server.core import GatewayError, InvalidRequest
+from server.core import ArtifactState, GatewayError, InvalidRequest
 from server.decisions import Swap
 from server.engine.base import Engine, EngineDelta, EngineError, EngineLoadError
 from server.metrics.residency import DeltaMetrics, Reason
@@ -294,8 +294,8 @@ class DeltaPool(Pool[EngineDelta]):
         self.combinations.forget(self.key(resident.item))
         return super()._leave(resident)
 
-    def state(self, digest: str) -> tuple[str, int | None]:
-        """ "stored", "packed", "loading", "resident" or "failed", and the resident bytes."""
+    def state(self, digest: str) -> tuple[ArtifactState, int | None]:
+        """Also the resident bytes."""
         if digest in self._condemned:
             return "failed", None
         resident = self._residents.get(digest)

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol
 from compressors.errors import DeltaError
 from server.artifacts.archive import FACTS, InvalidArchive, is_archive, unpack
 from server.artifacts.backing import ObjectDamaged
+from server.artifacts.cards import Verification, VersionCheck
 from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.names import ArtifactBusy, KindError, NameNotFound, Registry
 from server.artifacts.pool import ArtifactInUse, Users
@@ -139,9 +140,9 @@ class Lifecycle(Generic[V]):
             message = f"the {self.kind} is for base {found}, not {said[:100]}"
             raise WrongBase(self.kind, message, param="base_fingerprint")
 
-    async def verify(self, name: str) -> dict[str, Any]:
+    async def verify(self, name: str) -> Verification:
         """Read and check every version of a name again, as at its upload. Raises NameNotFound, StoreUnavailable."""
-        checks = []
+        checks: list[VersionCheck] = []
         for version in (await self.get(name)).versions:
             async with self._checking:
                 problem = await asyncio.to_thread(self._recheck, version)

@@ -14,8 +14,9 @@ from server.artifacts.shelf import Shelf
 from server.artifacts.store import Incoming
 from server.artifacts.versions import Ref, V
 from server.core import GatewayError
+from server.wire import NAME_PATTERN
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(NAME_PATTERN)
 _TRIES = 20
 Change: TypeAlias = "Callable[[Ref[V] | None], Ref[V] | None]"
 

@@ -2,26 +2,32 @@
 
 import time
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
-from fastapi import Query, Request
+from fastapi import Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from compressors.errors import DeltaError
-from server.core import GatewayError
+from server.answers import Told
+from server.artifacts.cards import CARD, PAGE, VERSION_CARD, DeltaCard, ResidentDelta, Status, Verification
+from server.core import ArtifactState, GatewayError
 from server.errors import describe
 from server.metrics.uploads import reason_of
-from server.routes.body import ClientGone, check_length, read_body
-from server.routes.context import Artifacts, Ctx
+from server.routes.body import ClientGone, JsonBody, check_length
+from server.routes.context import Artifacts, Ctx, Serving
 from server.routes.upload import FORM_OVERHEAD_BYTES, receive
-from server.wire import AliasMove, parse
+from server.wire import WHOLE, AliasMove, Flag, UploadFields
 from steering.errors import SteeringError
 
-ArtifactState: TypeAlias = Literal["stored", "packed", "loading", "resident", "failed"]
 _MAX_PAGE = 1000
 
+Card = Annotated[dict[str, Any], Told({200: CARD})]
+LoadedCard = Annotated[dict[str, Any], Told({200: DeltaCard})]
+Nothing = Annotated[Response, Told({204: None})]
+Uploaded = Annotated[JSONResponse, Told({200: CARD, 201: CARD}, form=UploadFields, headers=("location", "etag"))]
 
-async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONResponse:
+
+async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> Uploaded:
     """201 with a new version, 200 when the name has that digest already."""
     max_bytes = context.limits.max_upload_bytes
     started = time.perf_counter()
@@ -44,10 +50,10 @@ async def upload(request: Request, context: Ctx, artifacts: Artifacts) -> JSONRe
 
 async def list_all(
     artifacts: Artifacts,
-    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = _MAX_PAGE,
+    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE), WHOLE] = _MAX_PAGE,
     after: str = "",
     state: ArtifactState | None = None,
-) -> dict[str, Any]:
+) -> Annotated[dict[str, Any], Told({200: PAGE})]:
     """Names in order, from behind `after` on; with `state` those that have a version in it."""
     cards = (artifacts.card(ref) for ref in artifacts.refs() if ref.name > after)
     page = list(islice((card for card in cards if state is None or state in _states(card)), limit + 1))
@@ -58,58 +64,57 @@ def _states(card: dict[str, Any]) -> set[str]:
     return {version.get("state", "stored") for version in card["versions"]}
 
 
-async def get(name: str, artifacts: Artifacts) -> dict[str, Any]:
+async def get(name: str, artifacts: Artifacts) -> Card:
     return artifacts.card(await artifacts.get(name))
 
 
-async def get_version(name: str, digest: str, artifacts: Artifacts) -> dict[str, Any]:
+async def get_version(
+    name: str, digest: str, artifacts: Artifacts
+) -> Annotated[dict[str, Any], Told({200: VERSION_CARD})]:
     return artifacts.version_card(await artifacts.version(name, digest))
 
 
-async def delete_version(name: str, digest: str, artifacts: Artifacts, drain: bool = False) -> Response:
+async def delete_version(name: str, digest: str, artifacts: Artifacts, drain: Flag = False) -> Nothing:
     await artifacts.delete_version(name, digest, drain)
     return Response(status_code=204)
 
 
-async def verify(name: str, artifacts: Artifacts) -> dict[str, Any]:
+async def verify(name: str, artifacts: Artifacts) -> Verification:
     """Whether the stored bytes are still what was checked at the upload."""
     return await artifacts.verify(name)
 
 
-async def move_alias(name: str, request: Request, context: Ctx, artifacts: Artifacts) -> dict[str, Any]:
-    move = parse(AliasMove, await read_body(request, context.limits.max_body_bytes))
+async def move_alias(name: str, artifacts: Artifacts, move: Annotated[AliasMove, Depends(JsonBody(AliasMove))]) -> Card:
     return artifacts.card(await artifacts.move(name, move.digest, move.expected_generation))
 
 
-async def delete(name: str, artifacts: Artifacts, drain: bool = False) -> Response:
+async def delete(name: str, artifacts: Artifacts, drain: Flag = False) -> Nothing:
     await artifacts.delete(name, drain)
     return Response(status_code=204)
 
 
-async def load(name: str, context: Ctx) -> dict[str, Any]:
-    context.gateway.require_ready()
+async def load(name: str, context: Serving) -> LoadedCard:
     return context.deltas.card(await context.deltas.load(name))
 
 
-async def unload(name: str, context: Ctx) -> dict[str, Any]:
+async def unload(name: str, context: Ctx) -> LoadedCard:
     return context.deltas.card(await context.deltas.unload(name))
 
 
-async def pin(name: str, context: Ctx) -> dict[str, Any]:
-    context.gateway.require_ready()
+async def pin(name: str, context: Serving) -> LoadedCard:
     return context.deltas.card(await context.deltas.pin(name))
 
 
-async def unpin(name: str, context: Ctx) -> dict[str, Any]:
+async def unpin(name: str, context: Ctx) -> LoadedCard:
     return context.deltas.card(await context.deltas.unpin(name))
 
 
-async def status(context: Ctx) -> dict[str, Any]:
+async def status(context: Ctx) -> Status:
     names: dict[str, list[str]] = {}
     for ref in context.registry.refs():
         for version in ref.versions:
             names.setdefault(version.digest, []).append(ref.name)
-    residents = [
+    residents: list[ResidentDelta] = [
         {
             "digest": resident.item.digest,
             "names": names.get(resident.item.digest, []),

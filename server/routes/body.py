@@ -3,12 +3,17 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from server.artifacts.store import BodyTooLarge
 from server.core import GatewayError, InvalidRequest
+from server.wire import Body, parse
+
+if TYPE_CHECKING:
+    from server.routes.context import Context
 
 Result = TypeVar("Result")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -56,6 +61,18 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect as error:
         raise ClientGone("the client went away while sending") from error
     return bytes(body)
+
+
+@dataclass(frozen=True)
+class JsonBody(Generic[Body]):
+    """The body of a request as that wire model: a dependency of the handlers, and what the API's document says of them."""
+
+    model: type[Body]
+
+    async def __call__(self, request: Request) -> Body:
+        """Raises what `read_body` and `parse` raise."""
+        context: Context = request.app.state.context
+        return parse(self.model, await read_body(request, context.limits.max_body_bytes), context.unread)
 
 
 async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:

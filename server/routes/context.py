@@ -60,6 +60,15 @@ async def _context(request: Request) -> Context:
 Ctx = Annotated[Context, Depends(_context)]
 
 
+async def _serving(context: Ctx) -> Context:
+    context.gateway.require_ready()
+    return context
+
+
+# Of a server that takes requests; before the body is looked at.
+Serving = Annotated[Context, Depends(_serving)]
+
+
 async def _artifacts(request: Request, context: Ctx) -> Lifecycle[Any]:
     """The kind that the route is about: /v1/admin/KIND/..."""
     kinds: dict[str, Lifecycle[Any]] = {

@@ -4,41 +4,54 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Header, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from server import deadline, sse
+from server.answers import ChatCompletion, ChatCompletionChunk, TextCompletion, TextCompletionChunk, Told
 from server.core import GenerationRequest, TokenEvent
 from server.replies import ChatReply, CompletionReply, Reply
-from server.routes.body import ClientGone, read_body, until_gone
+from server.routes.body import ClientGone, JsonBody, until_gone
 from server.routes.context import Context, Ctx
 from server.schemas import ChatRequest, CompletionRequest, SamplingFields
 from server.telemetry import Exchange
-from server.wire import UnsupportedParameter, parse
+from server.wire import UnsupportedParameter
+
+# What a request may take, in milliseconds.
+Timeout = Annotated[str | None, Header(alias=deadline.HEADER, pattern=deadline.MILLISECONDS)]
 
 
-async def chat(request: Request, context: Ctx) -> Response:
-    body = parse(ChatRequest, await read_body(request, context.limits.max_body_bytes), context.unread)
+async def chat(
+    request: Request,
+    context: Ctx,
+    body: Annotated[ChatRequest, Depends(JsonBody(ChatRequest))],
+    timeout: Timeout = None,
+) -> Annotated[Response, Told({200: ChatCompletion}, events=ChatCompletionChunk)]:
     _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
     reply = ChatReply(
         body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
     )
-    return await _answer(request, context, body, generation, reply)
+    return await _answer(request, context, body, generation, reply, timeout)
 
 
-async def completions(request: Request, context: Ctx) -> Response:
-    body = parse(CompletionRequest, await read_body(request, context.limits.max_body_bytes), context.unread)
+async def completions(
+    request: Request,
+    context: Ctx,
+    body: Annotated[CompletionRequest, Depends(JsonBody(CompletionRequest))],
+    timeout: Timeout = None,
+) -> Annotated[Response, Told({200: TextCompletion}, events=TextCompletionChunk)]:
     _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
     reply = CompletionReply(
         body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
     )
-    return await _answer(request, context, body, generation, reply)
+    return await _answer(request, context, body, generation, reply, timeout)
 
 
 def _check_priority(body: SamplingFields, context: Context) -> None:
@@ -48,13 +61,18 @@ def _check_priority(body: SamplingFields, context: Context) -> None:
 
 
 async def _answer(
-    request: Request, context: Context, body: SamplingFields, generation: GenerationRequest, reply: Reply
+    request: Request,
+    context: Context,
+    body: SamplingFields,
+    generation: GenerationRequest,
+    reply: Reply,
+    timeout: str | None,
 ) -> Response:
     """The first event is awaited before anything is sent: what fails until then fails with a true status."""
     exchange = Exchange.of(request.scope)
     exchange.stream = bool(body.stream)
     decisions = exchange.decisions
-    seconds = deadline.limit_s(request.headers.get(deadline.HEADER), context.limits.request_timeout_s)
+    seconds = deadline.limit_s(timeout, context.limits.request_timeout_s)
     events = context.gateway.generate(generation, decisions, exchange.caller)
     if seconds is not None:
         events = deadline.within(events, seconds, time.perf_counter() - decisions.started)

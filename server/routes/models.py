@@ -1,15 +1,14 @@
 """GET /v1/models and /v1/models/{id}."""
 
-from typing import Any
-
 from fastapi import Request
 
+from server.answers import BaseMetadata, DeltaMetadata, ModelCard, ModelList
 from server.artifacts.versions import DeltaVersion, Ref
 from server.routes.context import Context, Ctx
 from server.telemetry import Exchange
 
 
-async def list_models(request: Request, context: Ctx) -> dict[str, Any]:
+async def list_models(request: Request, context: Ctx) -> ModelList:
     """What the caller may use."""
     caller = Exchange.of(request.scope).caller
     deltas = [
@@ -20,7 +19,7 @@ async def list_models(request: Request, context: Ctx) -> dict[str, Any]:
     return {"object": "list", "data": [_base_card(context), *deltas]}
 
 
-async def get_model(model_id: str, request: Request, context: Ctx) -> dict[str, Any]:
+async def get_model(model_id: str, request: Request, context: Ctx) -> ModelCard:
     """By any name that the caller's requests may use. Raises ModelNotFound."""
     if model_id == context.registry.base_id:
         return _base_card(context)
@@ -28,7 +27,9 @@ async def get_model(model_id: str, request: Request, context: Ctx) -> dict[str, 
     return _delta_card(context, model_id, *context.registry.lookup(model_id, "model", may_use))
 
 
-def _card(context: Context, name: str, parent: str | None, created: int, metadata: dict[str, Any]) -> dict[str, Any]:
+def _card(
+    context: Context, name: str, parent: str | None, created: int, metadata: BaseMetadata | DeltaMetadata
+) -> ModelCard:
     return {
         "id": name,
         "object": "model",
@@ -42,14 +43,14 @@ def _card(context: Context, name: str, parent: str | None, created: int, metadat
     }
 
 
-def _base_card(context: Context) -> dict[str, Any]:
-    metadata = {"kind": "base", "fingerprint": context.gateway.base_fingerprint}
+def _base_card(context: Context) -> ModelCard:
+    metadata: BaseMetadata = {"kind": "base", "fingerprint": context.gateway.base_fingerprint}
     return _card(context, context.registry.base_id, None, context.gateway.created, metadata)
 
 
-def _delta_card(context: Context, name: str, ref: Ref[DeltaVersion], version: DeltaVersion) -> dict[str, Any]:
+def _delta_card(context: Context, name: str, ref: Ref[DeltaVersion], version: DeltaVersion) -> ModelCard:
     state, _ = context.pool.state(version.digest)
-    metadata = {
+    metadata: DeltaMetadata = {
         "kind": "delta",
         "name": ref.name,
         "version": ref.label(version.digest),

@@ -1,21 +1,21 @@
 """/tokenize, /detokenize and /tokenizer_info, as vLLM's servers answer them."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 
+from server.answers import Detokenized, Tokenized
 from server.engine.base import EngineDelta
-from server.routes.body import read_body
-from server.routes.context import Ctx
+from server.routes.body import JsonBody
+from server.routes.context import Ctx, Serving
 from server.telemetry import Exchange
 from server.token_schema import DetokenizeBody, TokenizeBody
-from server.wire import parse
 
 
-async def tokenize(request: Request, context: Ctx) -> dict[str, Any]:
-    context.gateway.require_ready()
-    body = parse(TokenizeBody, await read_body(request, context.limits.max_body_bytes))
+async def tokenize(
+    request: Request, context: Serving, body: Annotated[TokenizeBody, Depends(JsonBody(TokenizeBody))]
+) -> Tokenized:
     delta = _delta(request, context, body.model)
     ids = await context.gateway.tokenize(delta, body.to_prompt(), body.to_tool_use())
     return {
@@ -26,8 +26,9 @@ async def tokenize(request: Request, context: Ctx) -> dict[str, Any]:
     }
 
 
-async def detokenize(request: Request, context: Ctx) -> dict[str, Any]:
-    body = parse(DetokenizeBody, await read_body(request, context.limits.max_body_bytes))
+async def detokenize(
+    request: Request, context: Ctx, body: Annotated[DetokenizeBody, Depends(JsonBody(DetokenizeBody))]
+) -> Detokenized:
     return {"prompt": await context.prompts.detokenize(body.tokens, _delta(request, context, body.model))}
 
 

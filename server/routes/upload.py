@@ -42,6 +42,8 @@ async def receive(request: Request, incoming: Incoming) -> UploadFields:
     """
     content_type, options = parse_options_header(request.headers.get("content-type"))
     form = _Form(options.get(b"boundary", b"")) if content_type == b"multipart/form-data" else None
+    if form and request.query_params:
+        raise InvalidRequest("a form says everything in its parts; the query is for a file that is the body itself")
     query = None if form else check(UploadFields, _query(request))
     batch, limit_s, since = bytearray(), body_timeout_s(request), 0
     loop = asyncio.get_running_loop()

@@ -21,6 +21,7 @@ from server.config import Settings
 from server.gateway import Gateway
 from server.routes.context import Context
 from server.wiring import Base, wire
+from tests.server import contract
 from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_checks import CHECKS
 from tests.server.fake_engine import FakeEngine
@@ -56,7 +57,8 @@ class House:
 
     def client(self, headers: dict[str, str] = API) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+        hooks = {"response": [contract.hold]}
+        return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers, event_hooks=hooks)
 
 
 @pytest.fixture
