@@ -219,12 +219,6 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 WHOLE = BeforeValidator(_whole)
 
 
-def _integral(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# What a client believes the generation of a name to be. JSON knows no integers: 3.0 is 3.
-Generation = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 # Of an artifact; what is wrong with one is told by the registry, which knows the reserved ones too.
 ArtifactName = Annotated[str, Field(json_schema_extra={"pattern": NAME_PATTERN})]
@@ -234,7 +228,7 @@ class AliasMove(OwnModel):
     """Body of PUT /v1/admin/KIND/{name}/alias."""
 
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    expected_generation: Generation
+    expected_generation: Annotated[int, Field(ge=0)]
 
 
 class UploadFields(OwnModel):

@@ -12,7 +12,7 @@ from server.answers import Text, Told
 from server.artifacts.adapters import AdapterFolder
 from server.routes.body import JsonBody
 from server.routes.context import Ctx
-from server.wire import ArtifactName, Generation, WireModel
+from server.wire import ArtifactName, WireModel
 
 Plain = Annotated[PlainTextResponse, Told({200: Text()})]
 
@@ -24,7 +24,7 @@ class LoadAdapter(WireModel):
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
     replace: bool = False
-    expected_generation: Generation | None = None
+    expected_generation: Annotated[int, Field(ge=0)] | None = None
 
 
 class UnloadAdapter(WireModel):

@@ -145,16 +145,6 @@ async def test_a_form_and_a_query_are_not_mixed(admin: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("generation", "status"), [(1, 200), (1.0, 200), (1.5, 400), ("1", 400), (True, 400)])
-async def test_a_generation_is_a_whole_number_of_json(
-    admin: httpx.AsyncClient, upload: Any, generation: Any, status: int
-) -> None:
-    digest = (await upload("red", b"1")).json()["digest"]
-    move = {"digest": digest, "expected_generation": generation}
-    assert (await admin.put("/v1/admin/deltas/red/alias", json=move)).status_code == status
-
-
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("field", "value"), [("activate", "1"), ("activate", "yes"), ("expected_generation", "1_0"), ("activate", "")]
 )
