@@ -18,6 +18,7 @@ import httpx
 
 _STOP_TIMEOUT_S = 60
 _POLL_S = 0.5
+_WITH_PARENT = Path(__file__).with_name("with_parent.py")
 
 
 class ChildError(Exception):
@@ -67,9 +68,13 @@ def child_server(folder: Path, arguments: Sequence[str], port: int = 0) -> Itera
 def child_process(
     command: Sequence[str], environment: Mapping[str, str], log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` in a session of its own; SIGTERM at the end, and SIGKILL to all of the session that is left."""
+    """Run `command` in a session of its own; SIGTERM at the end, and SIGKILL to all of the session that is left.
+
+    Where this process is killed and has no end to do it, the command gets its SIGTERM all the same.
+    """
+    words = with_parent(command)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process
     finally:
@@ -79,6 +84,21 @@ def child_process(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def with_parent(command: Sequence[str]) -> list[str]:
+    """The same command, with SIGTERM when the thread that starts it is gone. Its first word is a path."""
+    return [sys.executable, "-I", "-S", str(_WITH_PARENT), str(os.getpid()), *command]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt inside, as Ctrl-C is, so that children and temporary folders go. For the main thread."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:

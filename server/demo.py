@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from server.child import Child, ChildError, child_server
+from server.child import Child, ChildError, child_server, interruptible
 from server.demo_calls import DemoError, expect
 from server.demo_steering import show_steering
 
@@ -34,7 +34,7 @@ class Answer:
 
 
 def demo(folder: Path, port: int, once: bool) -> int:
-    """Returns the exit status. Serves until Ctrl-C unless `once`."""
+    """Returns the exit status. Serves until Ctrl-C or SIGTERM unless `once`."""
     try:
         description = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -42,6 +42,7 @@ def demo(folder: Path, port: int, once: bool) -> int:
         return 1
     try:
         with (
+            interruptible(),
             tempfile.TemporaryDirectory(prefix="deltaworks-demo-") as store,
             child_server(Path(store), ["--max-model-len", "2048", "--kv-cache-bytes", str(_KV_BYTES)], port) as child,
         ):

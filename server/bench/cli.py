@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -37,6 +40,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parsers.add_argument("--limit", type=int, help="cases of a category (default: all)")
     parsers.add_argument("--json", type=Path, help="also write the rows to this file")
     parsers.set_defaults(run=_parsers)
+    for action in actions.choices.values():
+        action.set_defaults(run=partial(_stoppable, action.get_default("run")))
+
+
+def _stoppable(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Ctrl-C and SIGTERM end a bench together with its servers and engines."""
+    from server.child import interruptible
+
+    try:
+        with interruptible():
+            return run(args)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def _add_gateway(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

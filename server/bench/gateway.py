@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import statistics
 import sys
 import tempfile
@@ -53,17 +52,13 @@ class Figure:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write JSON where asked. SIGTERM ends it as Ctrl-C does: with its servers."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Measure, print the table, write JSON where asked."""
     facts = machine()
     try:
         rows = _measured(args)
     except (BenchError, ChildError, DeltaError, DemoError, httpx.HTTPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     print_report(facts, rows)
     if args.json:
         write_json(args.json, facts, rows)

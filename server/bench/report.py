@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compressors.errors import DeltaError
+from server.child import with_parent
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Used:
 def used_by(words: Sequence[str]) -> Used:
     """Run `python WORDS` as a process of its own. Raises DeltaError with the end of what a failing one said."""
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = subprocess.Popen(with_parent([sys.executable, *words]), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
     with child.stderr:
         said = child.stderr.read()

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import math
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -52,8 +51,7 @@ class Memory:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write JSON where asked. 1 where an answer was wrong. SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Measure, print the table, write JSON where asked. 1 where an answer was wrong."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4 * args.streams), hard), hard))  # the child inherits it
     facts = machine()
@@ -62,9 +60,6 @@ def run(args: argparse.Namespace) -> int:
     except (BenchError, ChildError, DeltaError, DemoError, httpx.HTTPError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     print_report(facts, rows)
     if args.json:
         write_json(args.json, facts, rows)

@@ -1,6 +1,7 @@
 """The bench of the HTTP side: its client against a gateway over the fake engine, its figures, and what it starts and ends."""
 
 import asyncio
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from server.bench.http_load import Asked, HttpLoad, Round, run_load, zipf
 from server.bench.http_servers import cpu_seconds
 from server.child import child_process
 from server.config import Settings
+from tests.steering.chat_server import task
 
 
 @pytest.fixture
@@ -101,22 +103,24 @@ def test_the_cpu_time_is_of_the_whole_session_and_nothing_of_it_is_left(tmp_path
     assert ended(process.pid)
 
 
-@pytest.mark.engine
-def test_sigterm_ends_the_bench_and_its_servers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bench", "servers"), [pytest.param("gateway", 2, marks=pytest.mark.engine), ("gate", 1)])
+def test_sigterm_ends_a_bench_and_its_servers(bench: str, servers: int, tmp_path: Path) -> None:
     """While they start."""
-    command = [sys.executable, "-m", "server.cli", "bench", "gateway", "--no-zipf"]
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task("sum", 1, 2)))
+    gate = ("--base", "none", "--delta", "none", "--policy", "none", "--tasks", str(tmp_path / "tasks.jsonl"))
+    command = [sys.executable, "-m", "server.cli", "bench", bench, *(("--no-zipf",) if bench == "gateway" else gate)]
     environment = dict(os.environ, TMPDIR=str(tmp_path))
-    bench = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*/vllm.log")) and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("*/*.log"))) < servers and time.monotonic() < deadline:
         time.sleep(0.1)
-    started = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == bench.pid]
-    assert len(started) == 2
-    bench.send_signal(signal.SIGTERM)
-    _, told = bench.communicate(timeout=90)
-    assert bench.returncode == 130
+    started = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == running.pid]
+    assert len(started) == servers
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=90)
+    assert running.returncode == 130
     assert told.endswith("stopped\n")
-    assert [ended(session) for session in started] == [True, True]
+    assert [ended(session) for session in started] == [True] * servers
     assert not list(tmp_path.glob("deltaworks-bench-*"))
 
 
