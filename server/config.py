@@ -91,11 +91,12 @@ class StoreSettings(Section):
 
 
 class RestartSettings(Section):
-    """Of an engine that died by itself; the wait doubles with every death in a row, to a minute at most."""
+    """Of an engine that died by itself, or stalled; the wait doubles with every death in a row, to a minute at most."""
 
     max_restarts: int = Field(default=5, ge=0)  # in a row; then the engine is given up and /health/live turns red
     backoff_s: float = Field(default=1.0, ge=0, le=60)  # before the first restart
     reset_s: float = Field(default=120.0, ge=0)  # an engine that was up for that long has not died in a row
+    stall_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)  # see Engine.signs; 0: it is waited for for ever
 
 
 class EngineSettings(Section):

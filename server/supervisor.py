@@ -1,4 +1,8 @@
-"""The engine's life: start, death, and start again after a growing wait; and with it whether requests are taken."""
+"""The engine's life: start, death, and start again after a growing wait; and with it whether requests are taken.
+
+An engine that is alive and does nothing is as bad as a dead one, and is made one: where it owes answers and has given no sign of
+life for `stall_s`, it is killed.
+"""
 
 import asyncio
 import contextlib
@@ -16,6 +20,8 @@ from server.engine.base import Engine, EngineDeadError, EngineError
 
 _POLL_S = 0.05  # how soon a death is acted upon; readiness asks the engine itself
 _MAX_BACKOFF_S = 60.0
+_KILL_S = 10.0  # how soon an engine that is killed is seen to be dead, at the latest
+_LOOKS = 4  # without a sign of life that a stall takes at least: a process that was suspended has not looked
 
 log = logging.getLogger("deltaworks.engine")
 
@@ -43,6 +49,9 @@ class LifeMetrics:
         )
         for outcome in ("ok", "error"):
             self.restarts.labels(outcome)
+        self.stalls = Counter(
+            "deltaworks_engine_stalls", "Engines that were killed because they made no step.", registry=registry
+        )
 
 
 class Supervisor:
@@ -62,8 +71,10 @@ class Supervisor:
         self._lost = lost
         self._back = back
         self._restarts = metrics.restarts
+        self._stalls = metrics.stalls
         self._started = False
         self._down = False  # from the moment that a death is acted upon to the end of the restart
+        self._stalled = False  # from then on to the end of the restart
         self._stopping = False
         self._drained_by_hand = False
         self._start_s = 0.0  # how long the last start took
@@ -87,7 +98,7 @@ class Supervisor:
 
     @property
     def _dead(self) -> bool:
-        return self._down or self._engine.dead
+        return self._down or self._stalled or self._engine.dead
 
     async def start(self) -> None:
         """Raises EngineError."""
@@ -138,8 +149,7 @@ class Supervisor:
         """Restart the engine whenever it dies, until it has died too often in a row."""
         deaths, up_since = 0, time.monotonic()
         while True:
-            while not self._engine.dead:
-                await asyncio.sleep(_POLL_S)
+            await self._death()
             deaths = 1 if time.monotonic() - up_since > self._settings.reset_s else deaths + 1
             self._next_start = time.monotonic() + self._wait_s(deaths)
             self._down = True
@@ -151,8 +161,29 @@ class Supervisor:
                 if self.given_up:
                     return
             up_since = time.monotonic()
-            self._down = False
+            self._down = self._stalled = False
             self._back(deaths == 1)
+
+    async def _death(self) -> None:
+        """Return when the engine is dead; one that stalls is killed."""
+        limit_s = self._settings.stall_s
+        silent_s, signs, looked = 0.0, self._engine.signs, time.monotonic()
+        while not self._engine.dead:
+            await asyncio.sleep(_POLL_S)
+            before, looked = looked, time.monotonic()
+            if self._stalled:
+                silent_s += looked - before
+                if silent_s > _KILL_S:
+                    return
+            elif not limit_s or not self._engine.busy or self._engine.signs != signs:
+                silent_s, signs = 0.0, self._engine.signs
+            else:
+                silent_s += min(looked - before, limit_s / _LOOKS)
+                if silent_s >= limit_s:
+                    self._stalled, silent_s = True, 0.0
+                    self._stalls.inc()
+                    log.error("the engine has stalled and is killed", extra={"fields": {"stall_s": limit_s}})
+                    self._engine.kill()
 
     def _ended(self, watching: asyncio.Task[None]) -> None:
         if not watching.cancelled() and (error := watching.exception()) is not None:

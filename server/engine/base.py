@@ -144,6 +144,20 @@ class Engine(Protocol):
         ...
 
     @property
+    def busy(self) -> bool:
+        """Whether it owes something: rows that it has not finished, or the answer to a call; never blocks."""
+        ...
+
+    @property
+    def signs(self) -> int:
+        """Signs of life so far: a number that grows with every step, and every call that is answered; never blocks."""
+        ...
+
+    def kill(self) -> None:
+        """End its processes at once, whatever they do; it is dead a moment later."""
+        ...
+
+    @property
     def dtype(self) -> str:
         """Of the weights; "" until start."""
         ...

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -64,6 +65,9 @@ class VLLMEngine:
         self._edits: dict[str, _LoadedEdit] = {}
         self._max_model_len = 0
         self._observe: Callable[[EngineStep], None] = lambda step: None
+        self._rows = 0  # requests whose iterator is open
+        self._calls = 0  # that the workers have not answered
+        self._signs = 0
         self.kernel = ""
 
     async def start(self) -> None:
@@ -102,11 +106,31 @@ class VLLMEngine:
         return self._llm is not None and bool(self._llm.errored)
 
     @property
+    def busy(self) -> bool:
+        """By what we wait for and by what vLLM does: a client that reads slowly keeps its iterator open."""
+        if self._llm is None:
+            return False
+        return self._calls > 0 or (self._rows > 0 and self._llm.output_processor.has_unfinished_requests())
+
+    @property
+    def signs(self) -> int:
+        return self._signs
+
+    def kill(self) -> None:
+        """vLLM sees that its core is gone, and tells every request."""
+        for process in multiprocessing.active_children():  # nobody else has any in this process
+            process.kill()
+
+    @property
     def dtype(self) -> str:
         return "" if self._llm is None else str(self._llm.model_config.dtype).removeprefix("torch.")
 
     def watch(self, observe: Callable[[EngineStep], None]) -> None:
         self._observe = observe
+
+    def _observed(self, step: EngineStep) -> None:
+        self._signs += 1
+        self._observe(step)
 
     def own_metrics(self) -> Iterable[Metric]:
         if self._llm is None:
@@ -140,6 +164,7 @@ class VLLMEngine:
         lora = None if delta is None else self._lora_request(delta)
         llm = self._running()
         begun: set[int] = set()
+        self._rows += 1
         try:
             params = sampling_params(sampling, delta)
             if edit is not None:
@@ -159,6 +184,8 @@ class VLLMEngine:
             if llm.errored:
                 raise EngineDeadError("the engine stopped") from error
             raise EngineError(f"the engine failed on this request: {error}") from error
+        finally:
+            self._rows -= 1
 
     async def measure(self, delta: EngineDelta) -> int:
         """Bytes that a delta will take in execution form on one worker, from its header."""
@@ -226,15 +253,18 @@ class VLLMEngine:
 
         llm = self._running()
         asking = asyncio.ensure_future(llm.collective_rpc(method, args=args))
+        self._calls += 1
         try:
             # vLLM leaves the calls of a process that was killed without an answer.
             while not (await asyncio.wait({asking}, timeout=_DEATH_POLL_S))[0]:
                 if llm is not self._llm or self.dead:
                     raise EngineDeadError("the engine stopped")
             replies: list[Any] = asking.result()
+            self._signs += 1
         except VLLMDeadError as error:
             raise EngineDeadError("the engine stopped") from error
         finally:
+            self._calls -= 1
             asking.cancel()
         return replies
 
@@ -273,7 +303,7 @@ class VLLMEngine:
             told: dict[str, Any] = {
                 "log_stats": False,
                 "log_requests": False,
-                "stat_loggers": stat_loggers(self._observe),
+                "stat_loggers": stat_loggers(self._observed),
             }
             if config.parallel_config.world_size > 1:  # vLLM's own flags ask for more workers, and vLLM starts them
                 self._llm = AsyncLLM(config, Executor.get_class(config), **told)

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 from server.engine.worker.orphan import end_with_parent
@@ -44,3 +46,25 @@ def alive(pid: int) -> bool:
 
 def test_the_main_process_is_left_alone():
     assert end_with_parent() is None
+
+
+STALLED = """
+import multiprocessing, os, signal, threading, time
+from pathlib import Path
+from server.config import EngineSettings
+from server.engine.vllm import VLLMEngine
+
+child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+starting = threading.Thread(target=child.start)  # as vLLM's core is started
+starting.start()
+starting.join()
+os.kill(child.pid, signal.SIGSTOP)
+VLLMEngine(Path(), EngineSettings()).kill()
+child.join(10)
+assert child.exitcode == -signal.SIGKILL, child.exitcode
+"""
+
+
+def test_an_engine_that_hangs_can_be_killed():
+    """In a process of its own: no other engine of the tests is to go along."""
+    subprocess.run([sys.executable, "-c", STALLED], check=True, timeout=60)

@@ -45,6 +45,9 @@ class FakeEngine:
         self.starts = 0
         self.start_errors: list[Exception] = []  # of the next starts
         self.start_s = 0.0
+        self.kills = 0
+        self.signs = 0
+        self.calls_open = 0
         self.step_s: float | None = None  # how long a token takes
         self.words = (" one", " two")
         self.texts: dict[int, tuple[str, ...]] = {}  # what a choice says instead, piece by piece
@@ -85,6 +88,14 @@ class FakeEngine:
         """As a process that is killed: what it runs fails, and it has forgotten everything."""
         self.dead = True
         self._death.set()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.calls_open)
+
+    def kill(self) -> None:
+        self.kills += 1
+        self.die()
 
     def watch(self, observe: Callable[[EngineStep], None]) -> None:
         self.observe = observe
@@ -128,6 +139,7 @@ class FakeEngine:
                     raise EngineDeadError("the fake engine is dead")
                 if self.step_s is not None:
                     await asyncio.sleep(self.step_s)
+                self.signs += 1
                 reason = FinishReason.LENGTH if step + 1 == sampling.max_tokens else FinishReason.STOP
                 for index, words in enumerate(choices):
                     if step >= len(words):
@@ -152,8 +164,11 @@ class FakeEngine:
 
     async def load(self, delta: EngineDelta) -> int:
         self.loads.append(delta.digest)
-        while self.hold_loads:
+        self.calls_open += 1
+        while self.hold_loads and not self.dead:
             await asyncio.sleep(0.005)
+        self.calls_open -= 1
+        self.signs += 1
         if not delta.parts and b"unloadable" in Path(delta.path).read_bytes():
             raise EngineLoadError("the fake engine cannot load this")
         if self.dead:

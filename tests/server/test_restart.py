@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from server.engine.base import EngineError
 pytestmark = pytest.mark.anyio
 
 CHAT = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}]}
-RESTART = {"max_restarts": 3, "backoff_s": 0.02, "reset_s": 60}
+RESTART = {"max_restarts": 3, "backoff_s": 0.02, "reset_s": 60, "stall_s": 0.4}
 
 
 @pytest.fixture
@@ -147,6 +148,68 @@ async def test_a_delta_that_is_loading_when_the_engine_dies(client: httpx.AsyncC
     await until(lambda: house.gateway.state == "ready")
     assert (await client.post("/v1/completions", json={"model": "red", "prompt": "a"})).status_code == 200
     assert house.idle()
+
+
+@pytest.mark.parametrize("loading", [False, True])
+async def test_an_engine_that_makes_no_step_is_killed_and_restarted_as_a_dead_one(
+    client: httpx.AsyncClient, upload: Any, house: Any, caplog: pytest.LogCaptureFixture, loading: bool
+) -> None:
+    """With a row that it has begun, or a delta that it was to load."""
+
+    def kill() -> None:
+        house.engine.block_at, house.engine.hold_loads = None, False
+        house.engine.kills += 1
+        house.engine.die()
+
+    await upload("red", b"red")
+    house.engine.kill = kill
+    house.engine.block_at, house.engine.hold_loads = 1, loading
+    started = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(10):
+            refused = await client.post("/v1/completions", json={"model": "red", "prompt": "a"})
+    finally:
+        house.engine.hold_loads = False
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert 0.3 <= asyncio.get_running_loop().time() - started < 5
+    registry = house.context.telemetry.registry
+    assert registry.get_sample_value("deltaworks_engine_stalls_total") == house.engine.kills == 1
+    assert "the engine has stalled and is killed" in caplog.text
+    await until(lambda: house.gateway.state == "ready")
+    assert (house.engine.starts, restarts(house, "ok")) == (2, 1)
+    assert (await client.post("/v1/completions", json={"model": "red", "prompt": "a"})).status_code == 200
+    assert house.engine.kills == 1
+
+
+async def test_readiness_is_red_from_the_stall_on_whatever_the_kill_does(client: httpx.AsyncClient, house: Any) -> None:
+    killed = asyncio.Event()
+    house.engine.kill = killed.set  # and it lives on
+    house.engine.block_at = 1
+    asked = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+    await asyncio.wait_for(killed.wait(), 5)
+    assert (await client.get("/health/ready")).json() == {"status": "engine_dead"}
+    assert (await client.get("/health/live")).status_code == 200
+    refused = await client.post("/v1/chat/completions", json=CHAT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    house.engine.block_at = None
+    house.engine.die()
+    assert (await asked).status_code == 503
+    await until(lambda: house.gateway.state == "ready")
+
+
+async def test_what_is_slow_or_idle_or_was_suspended_has_not_stalled(client: httpx.AsyncClient, house: Any) -> None:
+    await asyncio.sleep(0.5)  # nothing is owed
+    house.engine.step_s, house.engine.words = 0.1, (" a",) * 6
+    assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    house.engine.step_s, house.engine.words, house.engine.hold_at = None, (" a",), 1
+    asked = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+    await until(lambda: bool(house.engine.running))
+    time.sleep(0.6)
+    await asyncio.sleep(0)
+    house.engine.hold_at = None
+    assert (await asked).status_code == 200
+    assert house.engine.kills == 0
 
 
 async def test_a_stop_during_the_restart_is_clean(build: Callable[..., Any]) -> None:
