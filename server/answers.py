@@ -1,7 +1,7 @@
 """The wire form of answers: what handlers return, and what the API's document says of it (openapi.py)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypeAlias
 
 from pydantic import BaseModel
@@ -31,12 +31,14 @@ class Told:
 
     `bodies`: status -> a type, Text, ByKind, or None for no body. `events`: the type of the data of server-sent events that come
     instead of a 200's body. `form`: the fields beside the file of an upload. `headers`: those that these answers always have.
+    `asked`: the types of headers that a request may have and that the handler reads itself.
     """
 
     bodies: Mapping[int, Any]
     events: Any = None
     form: type[BaseModel] | None = None
     headers: tuple[str, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Problem(TypedDict):

@@ -1,13 +1,15 @@
 """How long a request may take, from its arrival to the end of its answer."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from server.core import GatewayError, TokenEvent
+from server.core import GatewayError, InvalidRequest, TokenEvent
 
 HEADER = "x-request-timeout-ms"
 MILLISECONDS = r"^[1-9][0-9]{0,8}$"
+_MILLISECONDS = re.compile(MILLISECONDS)
 
 
 class DeadlineExceeded(GatewayError):
@@ -15,9 +17,11 @@ class DeadlineExceeded(GatewayError):
 
 
 def limit_s(asked: str | None, most: float | None) -> float | None:
-    """What a request asks for (the header's text, as MILLISECONDS), at most what the settings allow."""
+    """What a request asks for (the header's text), at most what the settings allow. Raises InvalidRequest."""
     if asked is None:
         return most
+    if not _MILLISECONDS.fullmatch(asked):
+        raise InvalidRequest(f"{HEADER} is not a number of milliseconds", param=HEADER)
     return min(int(asked) / 1000, most or float("inf"))
 
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from typing import Annotated
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,38 +21,36 @@ from server.schemas import ChatRequest, CompletionRequest, SamplingFields
 from server.telemetry import Exchange
 from server.wire import UnsupportedParameter
 
-# What a request may take, in milliseconds.
-Timeout = Annotated[str | None, Header(alias=deadline.HEADER, pattern=deadline.MILLISECONDS)]
+# No parameter of the handlers: FastAPI takes its time to read a header, and this is asked of every request.
+ASKED = {deadline.HEADER: Annotated[str, Field(pattern=deadline.MILLISECONDS)]}
 
 
 async def chat(
     request: Request,
     context: Ctx,
     body: Annotated[ChatRequest, Depends(JsonBody(ChatRequest))],
-    timeout: Timeout = None,
-) -> Annotated[Response, Told({200: ChatCompletion}, events=ChatCompletionChunk)]:
+) -> Annotated[Response, Told({200: ChatCompletion}, events=ChatCompletionChunk, asked=ASKED)]:
     _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
     reply = ChatReply(
         body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
     )
-    return await _answer(request, context, body, generation, reply, timeout)
+    return await _answer(request, context, body, generation, reply)
 
 
 async def completions(
     request: Request,
     context: Ctx,
     body: Annotated[CompletionRequest, Depends(JsonBody(CompletionRequest))],
-    timeout: Timeout = None,
-) -> Annotated[Response, Told({200: TextCompletion}, events=TextCompletionChunk)]:
+) -> Annotated[Response, Told({200: TextCompletion}, events=TextCompletionChunk, asked=ASKED)]:
     _check_priority(body, context)
     generation = body.to_request(uuid.uuid4().hex, context.limits.default_max_tokens)
     decisions = Exchange.of(request.scope).decisions
     reply = CompletionReply(
         body.request_id or generation.request_id, body.model, decisions, generation.sampling.logprobs is not None
     )
-    return await _answer(request, context, body, generation, reply, timeout)
+    return await _answer(request, context, body, generation, reply)
 
 
 def _check_priority(body: SamplingFields, context: Context) -> None:
@@ -66,13 +65,12 @@ async def _answer(
     body: SamplingFields,
     generation: GenerationRequest,
     reply: Reply,
-    timeout: str | None,
 ) -> Response:
     """The first event is awaited before anything is sent: what fails until then fails with a true status."""
     exchange = Exchange.of(request.scope)
     exchange.stream = bool(body.stream)
     decisions = exchange.decisions
-    seconds = deadline.limit_s(timeout, context.limits.request_timeout_s)
+    seconds = deadline.limit_s(request.headers.get(deadline.HEADER), context.limits.request_timeout_s)
     events = context.gateway.generate(generation, decisions, exchange.caller)
     if seconds is not None:
         events = deadline.within(events, seconds, time.perf_counter() - decisions.started)

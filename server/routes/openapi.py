@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from fastapi import Request
-from fastapi.params import Depends, Header
+from fastapi.params import Depends
 from starlette.responses import Response
 
 from server.answers import Told
@@ -30,7 +30,8 @@ def rendered(table: tuple[Route, ...]) -> bytes:
 def _operation(access: str, method: str, path: str, handler: Any) -> Operation:
     hints = get_type_hints(handler, include_extras=True)
     told = _told(hints.pop("return"))
-    parameters = tuple(_parameters(handler, hints, path))
+    asked_headers = (Parameter(name, "header", False, hint) for name, hint in told.asked.items())
+    parameters = (*_parameters(handler, hints, path), *asked_headers)
     body = next((found.model for hint in hints.values() if isinstance(found := _dependency(hint), JsonBody)), None)
     asked = [*((OF_JSON,) if body else ()), *((OF_PARAMETERS,) if _can_be_wrong(parameters) else ())]
     failures = mappings_of(access, path, handler, asked)
@@ -46,10 +47,7 @@ def _told(hint: Any) -> Told:
 def _parameters(handler: Any, hints: dict[str, Any], path: str) -> Iterator[Parameter]:
     for name, parameter in inspect.signature(handler).parameters.items():
         hint = hints[name]
-        marked = next((one for one in _metadata(hint) if isinstance(one, Header)), None)
-        if marked is not None:
-            yield Parameter(marked.alias or name, "header", False, hint)
-        elif f"{{{name}" in path:
+        if f"{{{name}" in path:
             yield Parameter(name, "path", True, hint)
         elif not (hint is Request or _dependency(hint)):
             yield Parameter(name, "query", parameter.default is inspect.Parameter.empty, hint)
