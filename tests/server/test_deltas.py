@@ -89,7 +89,7 @@ BAD_UPLOADS = [
 
 @pytest.mark.parametrize(("content", "fields", "status", "code", "param"), BAD_UPLOADS)
 @pytest.mark.parametrize("form", ["multipart", "raw"])
-async def test_bad_upload_leaves_nothing(
+async def test_r14_bad_upload_leaves_nothing(
     admin: httpx.AsyncClient,
     house: Any,
     form: str,

@@ -102,7 +102,7 @@ def test_r4_delete_is_refused_while_a_stream_runs_and_waits_with_drain(live: Any
 
 
 @pytest.mark.parametrize("form", ["raw", "multipart"])
-def test_upload_cut_off_half_way_leaves_nothing(live: Any, form: str) -> None:
+def test_r14_upload_cut_off_half_way_leaves_nothing(live: Any, form: str) -> None:
     head = "POST /v1/admin/deltas?name=red&sha256=" + "0" * 64 + " HTTP/1.1\nhost: x\n"
     body = b""
     if form == "multipart":

@@ -261,7 +261,7 @@ def post_head(path: str, length: int) -> bytes:
     return f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer admin-key\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
-def test_a_body_that_comes_too_slowly_is_408(connect: Callable[[], socket.socket], live: Any) -> None:
+def test_r14_a_body_that_comes_too_slowly_is_408(connect: Callable[[], socket.socket], live: Any) -> None:
     for path in ("/v1/chat/completions", "/v1/admin/deltas?name=red&sha256=" + "0" * 64):
         connection = connect()
         connection.sendall(post_head(path, 1000) + b"{")

@@ -197,7 +197,7 @@ async def test_r15_an_upload_for_another_base_is_refused(admin: httpx.AsyncClien
     assert (await upload("red", b"1", base_fingerprint="sha256:ba5e")).status_code == 201
 
 
-async def test_a_second_upload_of_a_name_waits_for_nobody(build: Any) -> None:
+async def test_r14_a_second_upload_of_a_name_waits_for_nobody(build: Any) -> None:
     """One verification at a time per name: the second one is told to come back, another name is not."""
     started, go = threading.Event(), threading.Event()
 
