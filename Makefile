@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 IMPORTED := import server.serve, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, transformers.models.llama
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-fast test-clients check demo-deltas lock promtool clean
+.PHONY: help venv demo test test-fast test-clients test-ray check demo-deltas lock promtool clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,17 @@ test-fast: venv  ## the tests that need neither an engine nor long
 
 test-clients: venv  ## real clients against a running server, each in an environment of its own
 	$(VENV)/bin/python -m pytest -o python_files='client_*.py' tests/clients
+
+# Beside the locked environment, which it sees: Ray and what it needs, and nothing that is there already.
+RAY := $(VENV)/ray
+$(RAY): pyproject.toml | venv
+	rm -rf $@
+	$(VENV)/bin/python -m venv --without-pip $@
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" > "$$(echo $@/lib/python*/site-packages)/beside.pth"
+	$(PIP) --python $@/bin/python install --no-build-isolation --progress-bar on -e '.[ray]'
+
+test-ray: venv $(RAY)  ## two replicas behind Ray Serve, one of them killed under load (in an environment of its own)
+	$(RAY)/bin/python -m pytest -s -o python_files='ray_*.py' tests/scale
 
 check: venv  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

@@ -6,7 +6,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +61,7 @@ class AccessMiddleware:
             problem = describe(error)
             exchange.error_code = problem.code
             if not status:
-                await _send_json(send_with_id, problem.status, problem.body)
+                await send_json(send_with_id, problem.status, problem.body)
         finally:
             self._finish(scope, exchange, exchange.failed_status or status or 499)
 
@@ -165,8 +165,8 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     return given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
+async def send_json(send: Send, status: int, body: dict[str, Any], headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     content = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    told = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": told})
     await send({"type": "http.response.body", "body": content})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 AddParser: TypeAlias = Callable[["Subparsers"], None]
+Flags: TypeAlias = dict[str, dict[str, Any]]  # section -> key -> value
 
 GROUP = "deltaworks.commands"
 
@@ -44,6 +45,15 @@ SERVE_FLAGS: tuple[tuple[str, str, str, Callable[[str], Any], str], ...] = (
     ),
 )
 
+# flag, type, help; the fields of server/ray/deployment.py's Scale
+RAY_FLAGS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("--replicas", int, "gateways, each with an engine of its own (default: 1)"),
+    ("--cpus", float, "cores that Ray sets aside for each (default: 1)"),
+    ("--gpus", float, "GPUs that each gets (default: 0)"),
+    ("--max-ongoing", int, "requests that one takes before the next is asked (default: twice engine.max_num_seqs)"),
+    ("--replica-port", int, "where the first listens itself; the others on the ports after it"),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -62,12 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_serve(subparsers: "Subparsers") -> None:
     parser = subparsers.add_parser("serve", help="serve a base model and its deltas over the OpenAI API")
+    _add_settings(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def add_ray(subparsers: "Subparsers") -> None:
+    parser = subparsers.add_parser("ray", help="serve with several engines on this machine, behind Ray Serve")
+    _add_settings(parser)
+    for flag, kind, text in RAY_FLAGS:
+        parser.add_argument(flag, type=kind, help=text)
+    parser.set_defaults(run=run_ray)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="default", help="model folder (default: the embedded base)")
     parser.add_argument("--config", type=Path, help="TOML file of settings; flags and DELTAWORKS__* come before it")
     parser.add_argument("--print-config", action="store_true", help="print the settings in force and stop")
     for flag, _, _, kind, text in SERVE_FLAGS:
         parser.add_argument(flag, type=kind, help=text)
-    parser.set_defaults(run=run_serve)
 
 
 def add_bench(subparsers: "Subparsers") -> None:
@@ -83,27 +105,47 @@ def add_keys(subparsers: "Subparsers") -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    flags: dict[str, dict[str, Any]] = {}
+    return _with_settings(args, _serve)
+
+
+def run_ray(args: argparse.Namespace) -> int:
+    return _with_settings(args, _serve_on_ray)
+
+
+def _serve(args: argparse.Namespace, settings: Settings, flags: Flags) -> int:
+    from server.serve import serve
+
+    return serve(args.model, settings, lambda: load_settings(args.config, os.environ, flags).auth)
+
+
+def _serve_on_ray(args: argparse.Namespace, settings: Settings, flags: Flags) -> int:
+    from server.ray.start import serve_on_ray
+
+    given = {_destination(flag): getattr(args, _destination(flag)) for flag, _, _ in RAY_FLAGS}
+    scale = {key: value for key, value in given.items() if value is not None}
+    return serve_on_ray(args.model, settings, scale, args.config, flags)
+
+
+def _with_settings(args: argparse.Namespace, run: Callable[[argparse.Namespace, Settings, Flags], int]) -> int:
+    """`run` with the settings in force; or says what is wrong with them, or prints them."""
+    flags: Flags = {}
     for flag, section, key, _, _ in SERVE_FLAGS:
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        value = getattr(args, _destination(flag))
         if value is not None:
             flags.setdefault(section, {})[key] = value
-
-    def load() -> Settings:
-        return load_settings(args.config, os.environ, flags)
-
     try:
-        settings = load()
+        settings = load_settings(args.config, os.environ, flags)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.print_config:
         print(settings.to_toml(), end="")
         return 0
-    from server.serve import serve
+    return run(args, settings, flags)
 
-    model: str = args.model
-    return serve(model, settings, lambda: load().auth)
+
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def add_demo(subparsers: "Subparsers") -> None:
@@ -151,6 +193,7 @@ OWN: dict[str, AddParser] = {
     "demo": add_demo,
     "keys": add_keys,
     "openapi": add_openapi,
+    "ray": add_ray,
     "serve": add_serve,
 }
 

@@ -22,6 +22,7 @@ from server import admission, auth, core, deadline, gateway, prompt, proof, supe
 from server import steering as plans
 from server.artifacts import adapters, archive, backing, delta_pool, lifecycle, names, pool, registry, reserve, store
 from server.engine import base as engine
+from server.ray import gone
 from server.routes import body, upload
 from server.telemetry import KINDS, Exchange
 from steering import errors as steering_errors
@@ -92,6 +93,7 @@ TABLE: dict[type[Exception], Mapping] = {
     admission.ServerOverloaded: Mapping(503, UNAVAILABLE, "server_overloaded"),
     supervisor.NotReady: Mapping(503, UNAVAILABLE, "loading"),
     supervisor.Draining: Mapping(503, UNAVAILABLE, "draining"),
+    gone.ReplicaGone: Mapping(503, UNAVAILABLE, "replica_gone"),
     pool.NoCapacity: Mapping(503, UNAVAILABLE, "{kind}_capacity"),
     backing.ObjectDamaged: Mapping(503, UNAVAILABLE, "store_unavailable"),
     backing.StoreUnavailable: Mapping(503, UNAVAILABLE, "store_unavailable"),

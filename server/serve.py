@@ -64,9 +64,8 @@ def serve(model: str, settings: Settings, read_auth: Callable[[], AuthSettings])
     `read_auth` reads the settings' section `auth` and its files again. Raises SettingsError.
     """
     try:
-        with _listening(settings.server) as listeners, contextlib.closing(_store(settings.store)) as store:
-            store.open()
-            context, keys = _build(resolve_base(model), settings, store)
+        with _listening(settings.server) as listeners, contextlib.closing(open_store(settings.store)) as store:
+            context, keys = build(resolve_base(model), settings, store)
             app = _app(context, keys, listeners)
             key_files = KeyFiles(keys, settings.auth, read_auth, context.telemetry.key_reloads)
             log_format = settings.telemetry.log_format
@@ -84,22 +83,25 @@ def serve(model: str, settings: Settings, read_auth: Callable[[], AuthSettings])
         return 1
 
 
-def _store(settings: StoreSettings) -> Store:
+def open_store(settings: StoreSettings) -> Store:
+    """Raises StoreError, StoreUnavailable."""
     place = backing(settings.path, settings.cache_path, settings.endpoint_url, settings.max_cache_bytes)
-    return Store(place, settings.max_bytes)
+    store = Store(place, settings.max_bytes)
+    store.open()
+    return store
 
 
 @contextlib.contextmanager
 def _listening(settings: ServerSettings) -> Iterator[tuple[socket.socket, ...]]:
     """The API's socket and, where it has a port, the admin plane's; taken before anything slow starts. Raises PortError."""
     with contextlib.ExitStack() as taken:
-        listeners = [taken.enter_context(_listen(settings.host, settings.port, "--port"))]
+        listeners = [taken.enter_context(listen(settings.host, settings.port, "--port"))]
         if settings.admin_port is not None:
-            listeners.append(taken.enter_context(_listen(settings.host, settings.admin_port, "--admin-port")))
+            listeners.append(taken.enter_context(listen(settings.host, settings.admin_port, "--admin-port")))
         yield tuple(listeners)
 
 
-def _listen(host: str, port: int, flag: str) -> socket.socket:
+def listen(host: str, port: int, flag: str) -> socket.socket:
     """Raises PortError."""
     try:
         return socket.create_server((host, port), backlog=2048)
@@ -139,7 +141,11 @@ def checks_for(folder: Path, reserved_tokens: int = 0) -> tuple[str, Checks]:
     )
 
 
-def _build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keys]:
+def build(folder: Path, settings: Settings, store: Store) -> tuple[Context, Keys]:
+    """The application's collaborators around vLLM, which is not started yet. `store` is open.
+
+    Raises DeltaError, StoreError, TokenizerError, ToolTemplateError, TracingError.
+    """
     from server.engine.vllm import VLLMEngine
 
     tokenizer, load = HuggingFaceTokenizer(folder), loader(folder)

@@ -21,6 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LIGHT = (
     "server.app",
     "server.cli",
+    "server.ray.edge",
     *(f"compressors.{name}" for name in ("artifact", "fingerprint", "masks", "errors", "verify", "base", "cli")),
     *(f"steering.{name}" for name in ("toolgate", "gate.fit", "gate.label", "gate.label_cli")),
 )
@@ -61,7 +62,7 @@ def test_houses_import_only_whom_they_may_know() -> None:
 
 
 def test_fastapi_stays_at_the_edge() -> None:
-    edge = ("server/app.py", "server/auth.py", "server/errors.py", "server/routes/")
+    edge = ("server/app.py", "server/auth.py", "server/errors.py", "server/routes/", "server/ray/edge.py")
     for package in ("fastapi", "starlette"):
         assert [name for name in sorted(importers(package)) if not name.startswith(edge)] == []
 
@@ -71,6 +72,10 @@ def test_torch_and_vllm_stay_where_they_belong() -> None:
     assert [name for name in sorted(importers("torch")) if not name.startswith(torch_homes)] == []
     vllm_homes = ("server/engine/", "server/bench/")
     assert [name for name in sorted(importers("vllm")) if not name.startswith(vllm_homes)] == []
+
+
+def test_ray_stays_in_its_own_package() -> None:
+    assert [name for name in sorted(importers("ray")) if not name.startswith("server/ray/")] == []
 
 
 def test_importing_the_edge_loads_nothing_heavy() -> None:
