@@ -205,10 +205,17 @@ def _answer(operation: Operation, status: int, schemas: _Schemas) -> Json:
     elif shape is not None:
         found["content"] = {"application/json": {"schema": schemas.of(shape)}}
     if operation.told.events is not None:
-        event = schemas.of(operation.told.events)["$ref"]
-        about = f"Events, each with a {event.rsplit('/')[-1]}; after a failure one with an ErrorBody; at last [DONE]."
-        found["content"]["text/event-stream"] = {"schema": {"type": "string", "description": about}}
+        found["content"]["text/event-stream"] = {"schema": _event(schemas.of(operation.told.events))}
     return found
+
+
+def _event(data: Json) -> Json:
+    """Each event of a stream; before OpenAPI 3.2 tools take the schema of a stream for that."""
+    kinds = {"anyOf": [data, {"$ref": _REF.format(model="ErrorBody")}]}
+    told = {"contentMediaType": "application/json", "contentSchema": kinds}
+    about = "Each event. The last one is [DONE], and the one before it an ErrorBody where the stream failed."
+    properties = {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}}
+    return {"type": "object", "description": about, "properties": properties, "required": ["data"]}
 
 
 def _headers(names: Iterable[str]) -> Json:

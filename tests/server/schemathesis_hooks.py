@@ -28,7 +28,7 @@ def map_case(context: Any, case: Any) -> Any:
     if case.path in PROMPTS and body.get("model") in MODELS:
         for field in body.keys() - {*FREE, "model"}:
             del body[field]
-        body |= PROMPTS[case.path]
+        body |= {"stream": True, **body, **PROMPTS[case.path]}
     if case.path == "/v1/admin/deltas":
         file = body["file"]
         content = getattr(file, "data", file)

@@ -48,7 +48,13 @@ def test_bodies_are_the_wire_models() -> None:
     assert set(fields) == set(ChatRequest.model_fields)
     asked = operations()["POST", "/v1/chat/completions"]
     assert asked["requestBody"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
-    assert set(asked["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    content = asked["responses"]["200"]["content"]
+    assert set(content) == {"application/json", "text/event-stream"}
+    done, told = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    assert (done, told["contentSchema"]["anyOf"][0]) == (
+        {"const": "[DONE]"},
+        {"$ref": "#/components/schemas/ChatCompletionChunk"},
+    )
     upload = operations()["POST", "/v1/admin/saes"]
     form = upload["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["required"] == ["file", "name", "sha256"]
