@@ -69,9 +69,8 @@ def test_guidellm_streams(url: str, installed: Callable[..., Path], run: Callabl
     command += ["--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3"]
     command += ["--data", f"kind=json_file,path={tmp_path / 'rows.jsonl'}"]
     command += ["--output", f"kind=json,path={report}"]
-    run(
-        command, GUIDELLM__MP_POLL_INTERVAL="2"
-    )  # it forgets a last answer that it is slower to take in: 0.1 s by default
+    # By default it ends without the last answer where it takes longer than 0.1 s to take that in.
+    run(command, GUIDELLM__MP_POLL_INTERVAL="2")
     (bench,) = json.loads(report.read_text())["benchmarks"]
     assert bench["metrics"]["request_totals"] == {"successful": 3, "errored": 0, "incomplete": 0, "total": 3}
     answers = bench["requests"]["successful"]
