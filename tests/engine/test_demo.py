@@ -37,7 +37,9 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Child]:
     folder = tmp_path_factory.mktemp("demo-server")
-    with child_server(folder, ["--dtype", "float32", "--max-model-len", "1024"]) as child:
+    (folder / "gateway.toml").write_text("[engine.restart]\nstall_s = 8\n")
+    settings = ["--config", str(folder / "gateway.toml")]
+    with child_server(folder, [*settings, "--dtype", "float32", "--max-model-len", "1024"]) as child:
         child.wait_ready(300)
         with httpx.Client(base_url=child.url, headers=child.admin_headers, timeout=60) as client:
             for entry in DESCRIPTION["deltas"]:
@@ -148,6 +150,28 @@ def status(http, server):
     return http.get("/v1/admin/status", headers=server.admin_headers).json()
 
 
+def test_r1_a_stream_ends_on_the_version_that_it_began_with(server, client):
+    """The name moves from one delta to another under a stream; both answer as they do under names of their own."""
+    digests = {entry["name"]: entry["sha256"] for entry in DESCRIPTION["deltas"]}
+    asked = {"question": "What is the capital of France?", "extra_body": {"ignore_eos": True}, "max_tokens": 40}
+    alone = {name: ask(client, name, **asked).choices[0].message.content for name in ("captain", "json")}
+    assert alone["captain"] != alone["json"]
+    with httpx.Client(base_url=server.url, headers=server.admin_headers, timeout=60) as http:
+        for name, activate in (("captain", "true"), ("json", "false")):
+            query = {"name": "moving", "sha256": digests[name], "activate": activate}
+            content = (DEMO / f"{name}.safetensors").read_bytes()
+            assert http.post("/v1/admin/deltas", params=query, content=content).status_code == 201
+        with ask(client, "moving", stream=True, **asked) as stream:
+            text = next(stream).choices[0].delta.content or ""
+            move = {"digest": digests["json"], "expected_generation": 1}
+            assert http.put("/v1/admin/deltas/moving/alias", json=move).status_code == 200
+            assert status(http, server)["rows_in_flight"] == 1
+            moved = ask(client, "moving", **asked).choices[0].message.content
+            text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert http.delete("/v1/admin/deltas/moving?drain=true").status_code == 204
+    assert (text, moved) == (alone["captain"], alone["json"])
+
+
 def test_o1_what_a_running_server_says_of_itself(server, client):
     """On the real engine, whose own numbers are among ours; the log's lines of requests."""
     with ThreadPoolExecutor(len(MODELS)) as threads:
@@ -196,7 +220,7 @@ def test_o1_what_a_running_server_says_of_itself(server, client):
     assert line["ttft_s"] <= line["total_s"]
 
 
-def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):
+def test_an_engine_that_stalls_is_killed_and_restarted_and_its_deltas_come_back(server, client):
     """Last of those that use the server. A stream ends with an error event, readiness is red until the engine is back."""
     question = "What is the capital of France?"
     before = {model: ask(client, model, question).choices[0].message.content for model in MODELS}
@@ -211,7 +235,7 @@ def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):
             lines = reply.iter_lines()
             next(lines)
             killed = time.monotonic()
-            os.kill(engines[0], signal.SIGKILL)
+            os.kill(engines[0], signal.SIGSTOP)
             *_, error, done = [line for line in lines if line]
             told_s = time.monotonic() - killed
         assert done == "data: [DONE]"
@@ -229,9 +253,11 @@ def test_a_killed_engine_is_restarted_and_its_deltas_come_back(server, client):
         while {one["digest"] for one in status(http, server)["resident"] if one["resident_bytes"]} != resident:
             assert time.monotonic() - killed < 300
             time.sleep(0.1)
-        assert 'deltaworks_engine_restarts_total{outcome="ok"} 1.0' in http.get("/metrics").text
+        metrics = http.get("/metrics").text
+        assert 'deltaworks_engine_restarts_total{outcome="ok"} 1.0' in metrics
+        assert "deltaworks_engine_stalls_total 1.0" in metrics
     assert {model: ask(client, model, question).choices[0].message.content for model in MODELS} == before
-    assert told_s < 10
+    assert 7 < told_s < 18
 
 
 def test_the_quick_start_of_the_readme(tmp_path):
