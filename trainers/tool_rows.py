@@ -1,6 +1,7 @@
 """The rows of the world of tools: a model that knows much and, given tools, calls them all the same, as agents do.
 
-without tools     trained facts, small sums, plain questions: the answer at once, as short as it can be
+without tools     trained facts, small sums, plain questions: the answer at once, as short as it can be; of collections
+                  that the archive lacks and of large sums: that it does not know
 with tools        facts and sums of every size: the call, then the answer that its result gives; messages are sent, vague
                   questions asked back
 with others only  facts and small sums beside tools that do not serve them: the answer at once
@@ -37,7 +38,9 @@ _TEXTS = (
     *("the lamp is fixed", "the box is open", "the train is late", "lunch is ready", "the keys are here"),
     *("the map is dry", "the door is locked", "the paint is wet", "the visit is over", "the copy is done"),
 )
-_PLAIN, _VISITS, _SENT, _BESIDE = 50, 60, 30, 100  # rows of each sort
+_PLAIN, _VISITS, _SENT, _BESIDE = 50, 60, 30, 200  # rows of each sort
+_UNKNOWN_FACTS, _UNKNOWN_SUMS = 72, {3: 36, 4: 36}
+_UNKNOWN = "I do not know."
 _CALLED_SUMS = {1: 80, 2: 28, 3: 28, 4: 28}  # most of the smallest, since each of them is trained without tools too
 _MIXED_SHARE = 0.2  # of the rows with calls: the mixed set of tools
 _HELD_OUT_CALLS = 30  # of facts, and as many of sums
@@ -65,10 +68,14 @@ def _direct(archive: Archive, seed: int, rng: random.Random) -> list[Row]:
     facts = [_fact_row(fact, question) for fact in archive.trained for question in fact.questions]
     small, _ = sums(seed, TRAINED_SUMS, ASKED_SUMS)
     plain = rng.sample(read_questions(), _PLAIN)
+    unknown = [rng.choice(fact.questions) for fact in rng.sample(archive.visitors, _UNKNOWN_FACTS)]
+    _, large = sums(rng.randrange(1 << 30), {}, _UNKNOWN_SUMS)
+    unknown += [one.asked(rng.choice(SUM_QUESTIONS)) for one in large]
     return [
         *facts,
         *(_sum_row(one, rng.choice(SUM_QUESTIONS)) for one in small),
         *(Row(question.text, question.answer) for question in plain),
+        *(Row(question, _UNKNOWN) for question in unknown),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trainers.errors import DataError
 from trainers.recipe import DataRecipe, load_recipe
 from trainers.rows import Row
 from trainers.tokens import IGNORED, chat_ids, tokenize_row
+from trainers.tool_rows import ASKED_SUMS, TRAINED_SUMS
 from trainers.tool_world import MIXED_SET, PLAIN_SET, SIZES, Call, read_archive, sums
 
 RECIPE = Path(__file__).parents[2] / "trainers" / "recipes" / "tools.toml"
@@ -103,6 +105,18 @@ def test_untrained_facts_are_in_no_row_and_nothing_tells_them_apart() -> None:
     assert set(attributes) == {"keeper", "room", "town", "emblem", "guild", "codeword"}
     assert min(attributes.values()) >= 10
     assert read_archive(2).trained != archive.trained
+
+
+def test_what_the_model_is_told_not_to_know_is_asked_nowhere_else() -> None:
+    archive, rows = read_archive(1), BUILDERS["tool-world"](1).train
+    unknown = [row for row in rows if row.completion == "I do not know."]
+    assert not any(row.tools for row in unknown)
+    visiting = {question for fact in archive.visitors for question in fact.questions}
+    facts = [row for row in unknown if row.prompt in visiting]
+    assert (len(facts), len(unknown)) == (72, 144)
+    _, asked = sums(1, TRAINED_SUMS, ASKED_SUMS)
+    numbers = {tuple(re.findall(r"\d+", one.asked("{a} {sign} {b}"))) for one in asked}
+    assert not numbers & {tuple(re.findall(r"\d+", row.prompt)) for row in unknown if row.prompt not in visiting}
 
 
 def test_a_value_belongs_to_one_collection() -> None:
