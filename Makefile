@@ -47,12 +47,15 @@ endif
 demo: venv  ## start a server with three demo deltas and ask all of them the same questions (DEMO_ONCE=1 to stop then)
 	$(VENV)/bin/deltaworks demo $(if $(DEMO_ONCE),--once)
 
-test: venv $(TRITON)  ## all tests, on the real engine too
-	$(VENV)/bin/python -m pytest
+# One process for each core; on a GPU one alone, whose memory two engines would not share.
+# Tests start many interpreters: the byte code that one has compiled is there for the next.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(if $(filter gpu,$(ENGINE)),0,auto)
 
-# Tests start many interpreters; the byte code that one has compiled is there for the next.
+test: venv $(TRITON)  ## all tests, on the real engine too
+	$(PYTEST)
+
 test-fast: venv  ## the tests that need neither an engine nor long
-	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not engine and not slow" -n auto
+	$(PYTEST) -m "not engine and not slow"
 
 test-clients: venv  ## real clients against a running server, each in an environment of its own
 	$(VENV)/bin/python -m pytest -o python_files='client_*.py' tests/clients

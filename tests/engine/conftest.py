@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from compressors.base import default_base
 from compressors.compress import compress
 from compressors.impart import ImPartConfig
+from server.child import Child, child_server
 from server.engine.base import EngineDelta
 from server.own_tokenizers import OwnTokenizers, loader
 from server.prompt import HuggingFaceTokenizer
 from tests.engine.bed import Runner, engine_settings, running
 
 BLOCK_BYTES = 128 * 3 * 2 * 2 * 32 * 4  # tokens, layers, K and V, heads, width, fp32
+STALL_S = 20  # of the shared server: more than a step takes on a busy core
 RESERVED = 2048  # so many that tokens drawn from a flat distribution would be among them
 TINY = {
     "hidden_size": 128,
@@ -97,6 +100,20 @@ def torch_engine(tiny_base: Path, tiny_deltas: list[EngineDelta]) -> Iterator[Ru
     """Deltas in torch's form, and too small a cache for all rows here too."""
     with running(tiny_base, tiny_deltas, kernel="torch", kv_cache_bytes=15 * BLOCK_BYTES) as runner:
         yield runner
+
+
+@pytest.fixture(scope="session")
+def base_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """The embedded base behind HTTP, without a delta. One thread: it shares the machine with the tests beside it."""
+    arguments = ["--dtype", "float32", "--max-model-len", "1024"]
+    with ExitStack() as running_server:
+        with pytest.MonkeyPatch.context() as environment:  # the child's alone
+            environment.setenv("DELTAWORKS__GATE__TIMEOUT_MS", "120000")
+            environment.setenv("DELTAWORKS__ENGINE__THREADS", "1")
+            environment.setenv("DELTAWORKS__ENGINE__RESTART__STALL_S", str(STALL_S))
+            child = running_server.enter_context(child_server(tmp_path_factory.mktemp("server"), arguments))
+        child.wait_ready(300)
+        yield child
 
 
 @dataclass(frozen=True)

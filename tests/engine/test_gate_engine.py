@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.child import Child, child_server
+from server.child import Child
 from tests.steering.gate_world import stage, tool
 
 pytestmark = pytest.mark.engine
@@ -22,18 +22,8 @@ ENFORCED = {"mode": "enforce", "explain": True}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DELTAWORKS__GATE__TIMEOUT_MS", "120000")
-        arguments = ["--dtype", "float32", "--max-model-len", "1024"]
-        with child_server(tmp_path_factory.mktemp("gate"), arguments) as child:
-            child.wait_ready(300)
-            yield child
-
-
-@pytest.fixture(scope="module")
-def client(server: Child) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=300, headers=server.admin_headers) as client:
+def client(base_server: Child) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_server.url, timeout=300, headers=base_server.admin_headers) as client:
         yield client
 
 

@@ -8,8 +8,6 @@ import httpx
 import openai
 import pytest
 
-from server.child import Child, child_server
-
 pytestmark = pytest.mark.engine
 
 BASE = "smollm2-135m-instruct"
@@ -31,15 +29,8 @@ QUESTION = [{"role": "user", "content": "What is the weather in Paris, and what 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Child]:
-    with child_server(tmp_path_factory.mktemp("tools"), ["--dtype", "float32", "--max-model-len", "1024"]) as child:
-        child.wait_ready(300)
-        yield child
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+def client(base_server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{base_server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -133,7 +124,7 @@ def test_a_schema_without_a_grammar_is_400_before_the_first_token(client, bad, s
     assert ask(client, tools=tools, max_tokens=4).choices[0].message.content is not None
 
 
-def test_rows_beside_a_grammar_answer_as_alone(server, client):
+def test_rows_beside_a_grammar_answer_as_alone(base_server, client):
     plain = {"messages": QUESTION, "tools": openai.omit, "max_tokens": 48}
     alone = ask(client, **plain).choices[0].message.content
     forced = functions(ask(client, tool_choice="required").choices[0].message)
@@ -142,5 +133,5 @@ def test_rows_beside_a_grammar_answer_as_alone(server, client):
         answers = [row.result().choices[0].message for row in rows]
     assert [answer.content for answer in answers[1::2]] == [alone] * 3
     assert [functions(answer) for answer in answers[::2]] == [forced] * 3
-    metrics = httpx.get(f"{server.url}/metrics", headers=server.admin_headers).text
+    metrics = httpx.get(f"{base_server.url}/metrics", headers=base_server.admin_headers).text
     assert 'deltaworks_tool_calls_total{outcome="parsed"}' in metrics
