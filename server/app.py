@@ -15,6 +15,7 @@ from server.auth import require_admin, require_inference
 from server.keys import Keys
 from server.routes import adapters, artifacts, generation, health, models, openapi, operation, tokens
 from server.routes.context import Context
+from server.routes.query import known_fields
 
 PUBLIC, INFERENCE, ADMIN = "public", "inference", "admin"
 
@@ -85,7 +86,7 @@ ROUTES: Table = (
 )
 
 
-GUARDS = {PUBLIC: [], INFERENCE: [Depends(require_inference)], ADMIN: [Depends(require_admin)]}
+GUARDS = {PUBLIC: [], INFERENCE: [Depends(require_inference)], ADMIN: [Depends(require_admin), Depends(known_fields)]}
 
 
 def create_app(context: Context, keys: Keys, table: Table = ROUTES) -> FastAPI:

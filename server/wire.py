@@ -28,7 +28,7 @@ _MAX_PARAM = 200
 MAX_PROBLEMS = 10
 MAX_KEYS = 4096  # of one object: none of ours comes near, and every unknown one would be a problem to tell
 _MAX_PROBLEM = 200  # characters of one
-_MAX_KEY = 64  # characters of a key that a message repeats
+MAX_KEY = 64  # characters of a key that a message repeats
 _MAX_UNREAD = 64  # names of fields that the log tells
 
 log = logging.getLogger("deltaworks.wire")
@@ -69,7 +69,7 @@ class Unread:
         self._told: set[str] = set()
 
     def note(self, fields: Collection[str]) -> None:
-        new = {field[:_MAX_KEY] for field in fields} - self._told
+        new = {field[:MAX_KEY] for field in fields} - self._told
         for field in sorted(new)[: _MAX_UNREAD - len(self._told)]:
             self._told.add(field)
             log.info("a field that nothing reads", extra={"fields": {"field": field}})
@@ -136,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise InvalidJson(f"the body is not valid JSON: the key {key[:_MAX_KEY]!r} is given twice")
+                raise InvalidJson(f"the body is not valid JSON: the key {key[:MAX_KEY]!r} is given twice")
             seen.add(key)
     return found
 
@@ -169,11 +169,15 @@ def _problem(model: type[BaseModel], detail: ErrorDetails) -> str:
     path = detail["loc"]
     message = detail["msg"]
     if detail["type"] == "extra_forbidden":
-        key = str(path[-1])
-        known = sorted(_keys_at(model, path[:-1]))
-        near = difflib.get_close_matches(key[:_MAX_KEY], known, n=1)
-        message = "unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
-    return f"{'.'.join(str(part)[:_MAX_KEY] for part in path) or 'body'}: {message}"
+        message = unknown_key(str(path[-1]), _keys_at(model, path[:-1]))
+    return f"{'.'.join(str(part)[:MAX_KEY] for part in path) or 'body'}: {message}"
+
+
+def unknown_key(key: str, known: Collection[str]) -> str:
+    """What is said of it: the near one, or all that are known."""
+    near = difflib.get_close_matches(key[:MAX_KEY], sorted(known), n=1)
+    told = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
+    return f"unknown key; {told}"
 
 
 def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:

@@ -26,7 +26,7 @@ ALWAYS: Failures = (core.GatewayError,)
 OF_ACCESS: dict[str, Failures] = {
     "public": (),
     "inference": (auth.MissingKey, auth.InvalidKey, auth.InsufficientScope),
-    "admin": (auth.MissingKey, auth.InvalidKey, auth.InsufficientScope, auth.AdminDisabled),
+    "admin": (auth.MissingKey, auth.InvalidKey, auth.InsufficientScope, auth.AdminDisabled, core.InvalidRequest),
 }
 OF_PARAMETERS: Failures = (core.InvalidRequest,)
 OF_JSON: Failures = (

@@ -14,6 +14,7 @@ from server.app import ADMIN, INFERENCE, PUBLIC, ROUTES, SplitApp
 from server.auth import require_admin, require_inference
 from server.config import Settings
 from server.keys import hash_key
+from server.routes.query import known_fields
 
 pytestmark = pytest.mark.anyio
 
@@ -71,7 +72,7 @@ TABLE = {(method, path): access for access, method, path, _ in ROUTES}
 
 def served(app: FastAPI) -> set[tuple[str, str]]:
     """Methods and paths, each classified and guarded; also where a route did not come through the table."""
-    guards = {PUBLIC: [], INFERENCE: [require_inference], ADMIN: [require_admin]}
+    guards = {PUBLIC: [], INFERENCE: [require_inference], ADMIN: [require_admin, known_fields]}
     found = set()
     for route in app.routes:
         assert isinstance(route, APIRoute), f"{route} is none of ours"

@@ -297,6 +297,16 @@ async def test_unknown_name_is_404(admin: httpx.AsyncClient, method: str, path: 
     assert (response.status_code, response.json()["error"]["code"]) == (404, "delta_not_found")
 
 
+async def test_unknown_query_field_is_400_and_nothing_is_done(admin: httpx.AsyncClient, upload: Any) -> None:
+    await upload("red", b"red")
+    for method, path in (("DELETE", f"{DELTAS}/red?drian=true"), ("POST", f"{DELTAS}/red/load?force=1")):
+        error = (await admin.request(method, path)).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", path.partition("?")[2].split("=")[0])
+    assert "did you mean 'drain'?" in (await admin.delete(f"{DELTAS}/red?drian=true")).json()["error"]["message"]
+    assert (await admin.get(f"{DELTAS}/red?{'x' * 900}=1")).json()["error"]["param"] == "x" * 64
+    assert (await admin.get(f"{DELTAS}/red")).status_code == 200
+
+
 async def test_bad_query_value_is_400(admin: httpx.AsyncClient, upload: Any) -> None:
     await upload("red", b"1")
     response = await admin.delete(f"{DELTAS}/red?drain=perhaps")
