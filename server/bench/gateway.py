@@ -126,6 +126,8 @@ def _titled(load: HttpLoad) -> str:
 async def _round(served: Served, load: HttpLoad, seed: int) -> Round:
     before = cpu_seconds(served.child.process.pid)
     made = await run_load(served.child.url, load, seed)
+    if not made.answered:
+        raise BenchError(f"{served.child.url} answered nothing of {load.name}: {made.asked[0].error}")
     return replace(made, cpu_s=cpu_seconds(served.child.process.pid) - before)
 
 

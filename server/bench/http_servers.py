@@ -21,7 +21,7 @@ from server.demo_calls import expect
 from server.engine.arguments import engine_arguments
 
 _START_TIMEOUT_S = 600
-_OURS = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config")
+_OURS = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls", "additional_config", "served_model_name")
 _TICKS, _PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
@@ -78,7 +78,7 @@ def vllm_server(base: Path, args: argparse.Namespace, folder: Path, name: str, p
 
 
 def engine_words(base: Path, settings: EngineSettings) -> list[str]:
-    """Our engine's arguments as `vllm serve` takes them, less those of the delta plane."""
+    """Our engine's arguments as `vllm serve` takes them, less those of the delta plane and the name that its server has."""
     arguments = {k: v for k, v in engine_arguments(base, settings).items() if k not in (*_OURS, "model")}
     return [word for name, value in arguments.items() for word in _words(f"--{name.replace('_', '-')}", value)]
 

@@ -1,5 +1,6 @@
 """The bench of the HTTP side: its client against a gateway over the fake engine, its figures, and what it starts and ends."""
 
+import argparse
 import asyncio
 import json
 import math
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from server.bench.gateway import OVER, WITHIN, beside, compared, figures
+from server.bench.gateway import OVER, WITHIN, BenchError, _round, beside, compared, figures
 from server.bench.http_load import Asked, HttpLoad, Round, run_load, zipf
-from server.bench.http_servers import cpu_seconds
-from server.child import child_process
+from server.bench.http_servers import Served, cpu_seconds, engine_settings, engine_words
+from server.child import Child, child_process
 from server.config import Settings
 from tests.steering.chat_server import task
 
@@ -65,6 +66,23 @@ def test_arrivals_are_poisson_and_the_same_for_both_servers() -> None:
     assert poisson.arrivals_s(1) == poisson.arrivals_s(1) != poisson.arrivals_s(2)
     assert poisson.arrivals_s(1)[-1] == pytest.approx(2000 / 4.0, rel=0.1)
     assert load(3, clients=1).arrivals_s(1) == [0.0] * 3
+
+
+def test_the_rival_has_our_engines_settings_and_a_name_of_its_own(tmp_path: Path) -> None:
+    args = argparse.Namespace(dtype="bfloat16", max_num_seqs=7, threads=1)
+    words = engine_words(tmp_path, engine_settings(args, 8))
+    assert words[words.index("--max-num-seqs") + 1] == "7"
+    assert not {"--served-model-name", "--model", "--enable-lora", "--worker-extension-cls"} & set(words)
+
+
+def test_a_server_that_answers_nothing_is_told(live: Any) -> None:
+    live.house.tokenizer.vocab_size = 50_000
+    live.house.engine.fail_at = 0
+    process: Any = subprocess.Popen(["true"])
+    process.wait()
+    served = Served(Child(live.url, {}, process, Path("log")))
+    with pytest.raises(BenchError, match=r"answered nothing of load: .*engine failed"):
+        asyncio.run(_round(served, load(2, clients=1), 0))
 
 
 def test_zipf_falls_with_the_rank() -> None:
