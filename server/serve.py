@@ -104,11 +104,15 @@ def _listening(settings: ServerSettings) -> Iterator[tuple[socket.socket, ...]]:
 def listen(host: str, port: int, flag: str) -> socket.socket:
     """Raises PortError."""
     try:
-        return socket.create_server((host, port), backlog=2048)
+        listener = socket.create_server((host, port), backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortError(f"port {port} on {host} is in use; choose another with {flag}") from error
         raise PortError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    # Connections inherit it; asyncio sets it on none that comes from a socket made here. Without it a stream's first token waits
+    # until the client has acknowledged the head, 40 ms on a connection that was used before.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def verifier(folder: Path) -> tuple[str, Verify]:

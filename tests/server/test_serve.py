@@ -48,6 +48,14 @@ def test_s9_only_this_machine_is_listened_to_unless_told() -> None:
             assert [listener.getsockname()[0] for listener in listeners] == [host] * 2
 
 
+def test_what_is_sent_leaves_at_once() -> None:
+    """A connection's small writes are not held back until the client has acknowledged the one before."""
+    with _listening(ServerSettings(port=0)) as (listener,), socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_store_that_cannot_be_used(
     serve: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
