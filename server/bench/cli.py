@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 
@@ -15,7 +15,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION")
     serve = _bench(actions, "serve", "cost of deltas in the engine, against bare vLLM and its own LoRA")
     serve.add_argument("--cold-repeats", type=int, default=5, help="deltas loaded cold (default: %(default)s)")
-    serve.set_defaults(run=_serve)
     steer = _bench(actions, "steer", "cost of edits in the engine, and what they leave of the prefix cache")
     steer.add_argument(
         "--profile",
@@ -25,7 +24,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     steer.add_argument("--direction", default="use_context", help="(default: %(default)s)")
     steer.add_argument("--strength", type=float, default=2.0, help="(default: %(default)g)")
-    steer.set_defaults(run=_steer)
     _add_gateway(actions)
     _add_soak(actions)
     _add_kernel(actions)
@@ -39,18 +37,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parsers.add_argument("--wait", type=int, default=300, metavar="S", help="for it to start (default: %(default)s)")
     parsers.add_argument("--limit", type=int, help="cases of a category (default: all)")
     parsers.add_argument("--json", type=Path, help="also write the rows to this file")
-    parsers.set_defaults(run=_parsers)
-    for action in actions.choices.values():
-        action.set_defaults(run=partial(_stoppable, action.get_default("run")))
+    for action, parser in actions.choices.items():
+        parser.set_defaults(run=partial(_run, action.replace("-", "_")))
 
 
-def _stoppable(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Ctrl-C and SIGTERM end a bench together with its servers and engines."""
+def _run(module: str, args: argparse.Namespace) -> int:
+    """The bench of that module, imported only now. Ctrl-C and SIGTERM end it together with its servers and engines."""
     from server.child import interruptible
 
     try:
         with interruptible():
-            return run(args)
+            status: int = import_module(f"server.bench.{module}").run(args)
+            return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -69,26 +67,18 @@ def _add_gateway(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
     gateway.add_argument(
         "--zipf", action=argparse.BooleanOptionalAction, default=True, help="also 64 deltas over 8 places"
     )
-    gateway.set_defaults(run=_gateway)
 
 
 def _add_soak(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    soak = actions.add_parser(
-        "soak", help="what a gateway holds, gives back and survives: streams, loads, leavers, a mixed load"
+    soak = _engines(
+        actions, "soak", "what a gateway holds, gives back and survives: streams, loads, leavers, a mixed load"
     )
-    soak.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
-    soak.add_argument(
-        "--deltas", type=Path, default=Path("deploy/demo"), help="folder of deltas of the base (default: %(default)s)"
-    )
-    soak.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (default: %(default)s)")
-    soak.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
+    soak.set_defaults(dtype="auto")
     soak.add_argument("--max-num-seqs", type=int, default=16, help="of the engine (default: %(default)s)")
     soak.add_argument("--streams", type=int, default=1000, help="held open at once (default: %(default)s)")
     soak.add_argument("--cycles", type=int, default=200, help="of loading and unloading (default: %(default)s)")
     soak.add_argument("--clients", type=int, default=16, help="that ask at once (default: %(default)s)")
     soak.add_argument("--minutes", type=float, default=10.0, help="of the mixed load (default: %(default)g)")
-    soak.add_argument("--json", type=Path, help="also write the rows to this file")
-    soak.set_defaults(run=_soak)
 
 
 def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -113,7 +103,6 @@ def _add_kernel(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     kernel.add_argument("--deltas", type=int, help="with --device cuda: how many at once (default: 8)")
     kernel.add_argument("--level", choices=("portable", "avx2", "avx512"), help="(default: the best of this CPU)")
     kernel.add_argument("--json", type=Path, help="also write the rows to this file")
-    kernel.set_defaults(run=_kernel)
 
 
 def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,7 +127,6 @@ def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     gate.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
     gate.add_argument("--log", type=Path, help="also write every question's run to this file (.jsonl)")
     gate.add_argument("--json", type=Path, help="also write the rows to this file")
-    gate.set_defaults(run=_gate)
 
 
 def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -164,7 +152,6 @@ def _add_compress(actions: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     compress.add_argument("--json", type=Path, help="also write the rows to this file, as they are measured")
     compress.add_argument("--plot", type=Path, help="also draw KL over the byte ratio (.png)")
-    compress.set_defaults(run=_compress)
 
 
 def _add_compress_loop(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -180,7 +167,6 @@ def _add_compress_loop(actions: argparse._SubParsersAction[argparse.ArgumentPars
     loop.add_argument("--sequences", type=int, default=16, help="of 128 tokens (default: %(default)s)")
     loop.add_argument("--repeats", type=int, default=2, help="of each; the best counts (default: %(default)s)")
     loop.add_argument("--json", type=Path, help="also write the rows to this file")
-    loop.set_defaults(run=_compress_loop)
 
 
 def _numbers(text: str) -> list[float]:
@@ -190,7 +176,17 @@ def _numbers(text: str) -> list[float]:
 def _bench(
     actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, purpose: str
 ) -> argparse.ArgumentParser:
-    """A bench with the options that all of them take."""
+    """A bench in rounds, with the options that all of these take."""
+    bench = _engines(actions, name, purpose)
+    bench.add_argument("--tokens", type=int, default=32, help="tokens per row (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds, after one of warm-up (default: %(default)s)")
+    return bench
+
+
+def _engines(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, purpose: str
+) -> argparse.ArgumentParser:
+    """A bench that starts engines, and serves deltas."""
     bench = actions.add_parser(name, help=purpose)
     bench.add_argument("--base", default="default", help="model folder, or `default` (default: %(default)s)")
     bench.add_argument(
@@ -198,61 +194,5 @@ def _bench(
     )
     bench.add_argument("--dtype", default="bfloat16", help="bfloat16, float32 or auto (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=1, help="threads of each engine (default: %(default)s)")
-    bench.add_argument("--tokens", type=int, default=32, help="tokens per row (default: %(default)s)")
-    bench.add_argument("--repeats", type=int, default=5, help="rounds, after one of warm-up (default: %(default)s)")
     bench.add_argument("--json", type=Path, help="also write the rows to this file")
     return bench
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from server.bench.serve import run
-
-    return run(args)
-
-
-def _gateway(args: argparse.Namespace) -> int:
-    from server.bench.gateway import run
-
-    return run(args)
-
-
-def _soak(args: argparse.Namespace) -> int:
-    from server.bench.soak import run
-
-    return run(args)
-
-
-def _steer(args: argparse.Namespace) -> int:
-    from server.bench.steer import run
-
-    return run(args)
-
-
-def _kernel(args: argparse.Namespace) -> int:
-    from server.bench.kernel import run
-
-    return run(args)
-
-
-def _gate(args: argparse.Namespace) -> int:
-    from server.bench.gate import run
-
-    return run(args)
-
-
-def _compress(args: argparse.Namespace) -> int:
-    from server.bench.compress import run
-
-    return run(args)
-
-
-def _compress_loop(args: argparse.Namespace) -> int:
-    from server.bench.compress_loop import run
-
-    return run(args)
-
-
-def _parsers(args: argparse.Namespace) -> int:
-    from server.bench.parsers import run
-
-    return run(args)

@@ -9,21 +9,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from server.bench.report import Measurement, Used, ended, machine, print_report, used_by, write_json
+from server.bench.report import Measurement, Used, reported, used_by
 
 _LENGTH = 128  # tokens of a judged sequence
 
 
 def run(args: argparse.Namespace) -> int:
-    return ended(lambda: _run(args))
+    """Measure, print the table, write JSON where asked."""
+    return reported(args.json, lambda: _measured(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _measured(args: argparse.Namespace) -> list[Measurement]:
     from compressors.base import resolve_base
     from compressors.calibration import Calibration
     from compressors.divergence import Divergence
 
-    facts, base = machine(), resolve_base(args.base)
+    base = resolve_base(args.base)
     judge = Divergence(base, args.fine_tune, Calibration(args.held_out, args.sequences, _LENGTH))
     settings = {"--ratio": f"{args.ratio:g}", "--beta": f"{args.beta:g}", "--c": f"{args.c:g}"}
     folders = [str(base), str(args.fine_tune)]
@@ -41,16 +42,13 @@ def _run(args: argparse.Namespace) -> None:
         loss, loop_loss = judge.of(delta).loss, judge.of_model(merged).loss
     ours, loop = (_least(taken[label]) for label in commands)
     rival = "SVD loop"
-    rows = [
+    return [
         Measurement("SVD loop, time", loop.seconds, "s"),
         Measurement("delta compress, time", ours.seconds, "s", loop.seconds / ours.seconds, f"{rival} / ours"),
         Measurement("delta compress, CPU time", ours.cpu_s, "s", loop.cpu_s / ours.cpu_s, f"{rival} / ours"),
         Measurement("delta compress, peak memory", ours.peak_mib, "MiB", ours.peak_mib / loop.peak_mib, rival),
         Measurement("delta compress, loss", loss, "nats", loss / loop_loss, rival),
     ]
-    print_report(facts, rows)
-    if args.json is not None:
-        write_json(args.json, facts, rows)
 
 
 def _least(runs: list[Used]) -> Used:

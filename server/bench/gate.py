@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import itertools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,10 +25,9 @@ from tqdm import tqdm
 
 from server.bench.agent import MODES, Agent, Episode, Mode
 from server.bench.gate_table import by_question, plain_rows, table
-from server.bench.report import Measurement, machine, print_report, write_json
-from server.child import Child, ChildError, child_server
-from server.demo_calls import DemoError, expect
-from steering.errors import SteeringError
+from server.bench.report import BenchError, Measurement, reported
+from server.child import Child, child_server
+from server.demo_calls import expect
 from steering.gate.endpoint import Endpoint
 from steering.gate.tasks import Task, need_facts, read_facts, read_tasks
 from steering.gate.tools import Toolbox
@@ -40,28 +38,16 @@ _UNBOUND = ("no_policy", "policy_mismatch")
 _ENGINE = "[engine]\nmax_model_len = 2048\nkv_cache_bytes = 268435456\n"
 
 
-class BenchError(Exception):
-    """The bench cannot measure what it is for; the message says why."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON where asked."""
-    machine_facts = machine()
-    try:
-        tasks = read_tasks(args.tasks)[: args.limit]
-        if need_facts(tasks) and args.facts is None:
-            raise BenchError("some tasks name the executor `lookup`; say --facts")
-        rows = _measured(args, tasks, read_facts(args.facts) if args.facts else {})
-    except (BenchError, ChildError, DemoError, SteeringError, httpx.HTTPError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(machine_facts, rows)
-    if args.json:
-        write_json(args.json, machine_facts, rows)
-    return 0
+    return reported(args.json, lambda: _measured(args))
 
 
-def _measured(args: argparse.Namespace, tasks: Sequence[Task], facts: dict[str, str]) -> list[Measurement]:
+def _measured(args: argparse.Namespace) -> list[Measurement]:
+    tasks = read_tasks(args.tasks)[: args.limit]
+    if need_facts(tasks) and args.facts is None:
+        raise BenchError("some tasks name the executor `lookup`; say --facts")
+    facts = read_facts(args.facts) if args.facts else {}
     with ExitStack() as stack:
         gated = stack.enter_context(_gateway(args, '[gate]\nmode = "enforce"\n'))
         _upload(gated, "deltas", args.delta)

@@ -18,28 +18,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import httpx
 from tqdm import tqdm
 
 from compressors.base import resolve_base
-from compressors.errors import DeltaError
 from server.bench.http_load import HttpLoad, Round, percentile, run_load, zipf
 from server.bench.http_servers import Served, cpu_seconds, engine_settings, gateway_server, upload, vllm_server
-from server.bench.report import Measurement, machine, print_report, write_json
-from server.bench.serve import make_deltas
-from server.child import ChildError
+from server.bench.report import BenchError, Measurement, reported
+from server.bench.serve import delta_files, make_deltas
 from server.config import Settings
-from server.demo_calls import DemoError
 
 BASE = "base"  # its name at both servers
 PLACES, DELTAS = 8, 64
 OVER, WITHIN = f"Zipf over {DELTAS} deltas, {PLACES} places", f"Zipf over {PLACES} deltas, {PLACES} places"
 _POISSON_SHARE = 0.7  # of what vLLM's server answers in a closed loop, where no rate is given
 _OVER_CLIENTS = 16
-
-
-class BenchError(Exception):
-    """The bench cannot measure what it is for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +45,11 @@ class Figure:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON where asked."""
-    facts = machine()
-    try:
-        rows = _measured(args)
-    except (BenchError, ChildError, DeltaError, DemoError, httpx.HTTPError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(facts, rows)
-    if args.json:
-        write_json(args.json, facts, rows)
-    return 0
+    return reported(args.json, lambda: _measured(args))
 
 
 def _measured(args: argparse.Namespace) -> list[Measurement]:
-    base = resolve_base(args.base)
-    sources = sorted(args.deltas.glob("*.safetensors"))
-    if args.zipf and not sources:
-        raise BenchError(f"{args.deltas} holds no delta (.safetensors); name a folder with --deltas")
+    base, sources = resolve_base(args.base), delta_files(args.deltas) if args.zipf else []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltaworks-bench-")))
         print("starting two servers ...", file=sys.stderr)

@@ -105,9 +105,10 @@ def upload(served: Served, deltas: Iterable[Path]) -> list[str]:
 
 def cpu_seconds(session: int) -> float:
     """User and system time of all processes of a session; those that have ended are counted by the parents that waited for them."""
-    return (
-        sum(sum(map(int, fields[11:15])) for fields in _session(session).values()) / _TICKS
+    ticks = (
+        int(ticks) for fields in _session(session).values() for ticks in fields[11:15]
     )  # utime, stime, cutime, cstime
+    return sum(ticks) / _TICKS
 
 
 def resident_mib(session: int) -> dict[int, float]:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.bench.report import Measurement, machine, print_report, write_json
+from server.bench.report import BenchError, Measurement, reported
 from server.toolcalls import PARSERS, fold
 from server.toolcalls.deltas import Delta
 from steering.errors import EndpointError
@@ -35,7 +35,7 @@ _TYPES = {word: kind for kind, words in (_WORDS | {"number": ("float", "double")
 _ANY = ("any", "")
 
 
-class CasesError(Exception):
+class CasesError(BenchError):
     """The folder holds no cases that can be read; the message names the file."""
 
 
@@ -50,21 +50,18 @@ class Case:
 
 
 def run(args: argparse.Namespace) -> int:
-    machine_facts = machine()
-    try:
-        categories = dict(read_cases(args.bfcl, args.limit))
-        answered = {name: cases for name, cases in categories.items() if any(case.calls for case in cases)}
-        rows = [row for name, cases in answered.items() for row in round_trips(name, cases)]
-        if args.url:
-            rest = {name: cases for name, cases in categories.items() if name.endswith("relevance")}
-            rows += asyncio.run(asked(args.url, args.model, rest, args.wait))
-    except (CasesError, EndpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(machine_facts, rows)
-    if args.json:
-        write_json(args.json, machine_facts, rows)
-    return 0
+    """Measure, print the table, write JSON where asked."""
+    return reported(args.json, lambda: _measured(args))
+
+
+def _measured(args: argparse.Namespace) -> list[Measurement]:
+    categories = dict(read_cases(args.bfcl, args.limit))
+    answered = {name: cases for name, cases in categories.items() if any(case.calls for case in cases)}
+    rows = [row for name, cases in answered.items() for row in round_trips(name, cases)]
+    if args.url:
+        rest = {name: cases for name, cases in categories.items() if name.endswith("relevance")}
+        rows += asyncio.run(asked(args.url, args.model, rest, args.wait))
+    return rows
 
 
 def read_cases(folder: Path, limit: int | None = None) -> Iterator[tuple[str, list[Case]]]:

@@ -14,8 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
+
 from compressors.errors import DeltaError
-from server.child import with_parent
+from server.child import ChildError, with_parent
+from server.demo_calls import DemoError
+from server.engine.base import EngineError
+from steering.errors import SteeringError
+
+
+class BenchError(Exception):
+    """The bench cannot measure what it is for; the message says why."""
+
+
+FAILURES = (BenchError, ChildError, DeltaError, DemoError, EngineError, SteeringError, httpx.HTTPError, OSError)
 
 
 @dataclass(frozen=True)
@@ -91,13 +103,26 @@ def used_by(words: Sequence[str]) -> Used:
 
 
 def ended(run: Callable[[], None]) -> int:
-    """The exit status of a bench of compression: 1 where it raised DeltaError or OSError, which is printed."""
+    """The exit status of a bench: 1 where it cannot be done, for a reason that is printed."""
     try:
         run()
-    except (DeltaError, OSError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def reported(path: Path | None, measure: Callable[[], list[Measurement]]) -> int:
+    """Measure, print the table, write JSON where a path is given. Returns the exit status."""
+    facts = machine()  # its load is that before the run
+
+    def run() -> None:
+        rows = measure()
+        print_report(facts, rows)
+        if path is not None:
+            write_json(path, facts, rows)
+
+    return ended(run)
 
 
 def print_report(machine_facts: dict[str, str], rows: Sequence[Measurement]) -> None:

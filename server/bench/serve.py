@@ -15,12 +15,10 @@ from pathlib import Path
 
 from compressors.artifact import Artifact
 from compressors.base import resolve_base
-from compressors.errors import DeltaError
 from compressors.writer import ArtifactWriter
 from server.bench.cold import cold_times
 from server.bench.contenders import LORA_RANK, Load, bare, base_bytes, ours, stock_lora
-from server.bench.report import Measurement, machine, print_report, write_json
-from server.child import ChildError
+from server.bench.report import BenchError, Measurement, reported
 from server.config import EngineSettings
 from server.engine.base import EngineDelta
 
@@ -31,24 +29,23 @@ PREFILL = 512  # tokens of a prompt whose first token is timed
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON where asked."""
-    facts = machine()
-    try:
-        base = resolve_base(args.base)
-        sources = sorted(args.deltas.glob("*.safetensors"))
-        if not sources:
-            print(f"error: {args.deltas} holds no delta (.safetensors); name a folder with --deltas", file=sys.stderr)
-            return 1
-        with tempfile.TemporaryDirectory(prefix="deltaworks-bench-") as folder:
-            deltas = make_deltas(sources, Path(folder), BATCH + args.cold_repeats)
-            rows = asyncio.run(_throughput(base, deltas[:BATCH], Path(folder), args))
-            rows += cold_times(args.base, deltas[BATCH:], args.dtype)
-    except (DeltaError, ChildError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(facts, rows)
-    if args.json:
-        write_json(args.json, facts, rows)
-    return 0
+    return reported(args.json, lambda: _measured(args))
+
+
+def _measured(args: argparse.Namespace) -> list[Measurement]:
+    base, sources = resolve_base(args.base), delta_files(args.deltas)
+    with tempfile.TemporaryDirectory(prefix="deltaworks-bench-") as folder:
+        deltas = make_deltas(sources, Path(folder), BATCH + args.cold_repeats)
+        rows = asyncio.run(_throughput(base, deltas[:BATCH], Path(folder), args))
+        return rows + cold_times(args.base, deltas[BATCH:], args.dtype)
+
+
+def delta_files(folder: Path) -> list[Path]:
+    """Raises BenchError where there is none."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise BenchError(f"{folder} holds no delta (.safetensors); name a folder with --deltas")
+    return found
 
 
 def make_deltas(sources: list[Path], folder: Path, count: int) -> list[EngineDelta]:

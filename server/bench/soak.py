@@ -24,16 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from compressors.base import resolve_base
-from compressors.errors import DeltaError
-from server.bench.gateway import BenchError
 from server.bench.http_load import HttpLoad, Round, percentile, run_load
 from server.bench.http_servers import Served, engine_settings, gateway_server, resident_mib, upload
-from server.bench.report import Measurement, machine, print_report, write_json
-from server.bench.serve import make_deltas
+from server.bench.report import BenchError, Measurement, reported
+from server.bench.serve import delta_files, make_deltas
 from server.bench.traffic import Traffic
-from server.child import ChildError
 from server.config import AdmissionSettings, Settings
-from server.demo_calls import DemoError, expect
+from server.demo_calls import expect
 
 BASE = "base"
 _DELTAS, _VERSIONS, _PLACES = 6, 2, 4  # deltas that are asked, versions of one that moves, places for them
@@ -54,25 +51,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON where asked. 1 where an answer was wrong."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4 * args.streams), hard), hard))  # the child inherits it
-    facts = machine()
-    try:
-        rows, faults = _measured(args)
-    except (BenchError, ChildError, DeltaError, DemoError, httpx.HTTPError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(facts, rows)
-    if args.json:
-        write_json(args.json, facts, rows)
+    faults: list[str] = []
+    status = reported(args.json, lambda: _measured(args, faults))
     for fault in faults[:10]:
         print(f"fault: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return 1 if faults else status
 
 
-def _measured(args: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
-    base = resolve_base(args.base)
-    sources = sorted(args.deltas.glob("*.safetensors"))
-    if not sources:
-        raise BenchError(f"{args.deltas} holds no delta (.safetensors); name a folder with --deltas")
+def _measured(args: argparse.Namespace, faults: list[str]) -> list[Measurement]:
+    """What was wrong is added to `faults`."""
+    base, sources = resolve_base(args.base), delta_files(args.deltas)
     with tempfile.TemporaryDirectory(prefix="deltaworks-bench-") as name:
         folder = Path(name)
         print("starting the gateway ...", file=sys.stderr)
@@ -82,7 +70,9 @@ def _measured(args: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
             served.wait_ready()
             deltas = [Path(one.path) for one in make_deltas(sources, folder, _DELTAS + _VERSIONS)]
             names = upload(served, deltas[_VERSIONS:])
-            return asyncio.run(_phases(served, names, deltas[:_VERSIONS], args))
+            rows, found = asyncio.run(_phases(served, names, deltas[:_VERSIONS], args))
+    faults += found
+    return rows
 
 
 async def _phases(

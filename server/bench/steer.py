@@ -12,12 +12,11 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 from compressors.base import resolve_base
-from compressors.errors import DeltaError
 from server.bench.contenders import Load, bare, ours
-from server.bench.report import Measurement, machine, print_report, write_json
-from server.bench.serve import BATCH, engine_settings, interleaved, make_deltas
+from server.bench.report import Measurement, reported
+from server.bench.serve import BATCH, delta_files, engine_settings, interleaved, make_deltas
 from server.core import Sampling
-from server.engine.base import EngineEdit, EngineError
+from server.engine.base import EngineEdit
 from server.engine.vllm import VLLMEngine
 from server.steering import Tables, planned_edit, profile_table
 
@@ -26,16 +25,7 @@ _PROMPT = 700  # tokens of the prompt whose prefix is shared: several blocks of 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON where asked."""
-    facts = machine()
-    try:
-        rows = asyncio.run(_measure(resolve_base(args.base), args))
-    except (DeltaError, EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_report(facts, rows)
-    if args.json:
-        write_json(args.json, facts, rows)
-    return 0
+    return reported(args.json, lambda: asyncio.run(_measure(resolve_base(args.base), args)))
 
 
 def profile_edit(profile: Path, direction: str, strength: float) -> EngineEdit:
@@ -52,7 +42,7 @@ async def _measure(base: Path, args: argparse.Namespace) -> list[Measurement]:
     edit = profile_edit(args.profile, args.direction, args.strength)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltaworks-bench-")))
-        deltas = make_deltas(sorted(args.deltas.glob("*.safetensors")), folder, BATCH)
+        deltas = make_deltas(delta_files(args.deltas), folder, BATCH)
         print("starting two engines ...", file=sys.stderr)
         plain = await stack.enter_async_context(bare(base, settings))
         plane = await stack.enter_async_context(ours(base, settings, deltas))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from server.bench.agent import MODES, Agent, Episode, Mode, Round
-from server.bench.gate import BenchError, ask_all
+from server.bench.gate import ask_all
 from server.bench.gate_table import by_question, plain_rows, table
-from server.bench.report import Measurement
+from server.bench.report import BenchError, Measurement
 from server.cli import main
 from steering.errors import EndpointError
 from steering.gate.bounds import upper_bound

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from server.bench.gateway import OVER, WITHIN, BenchError, _round, beside, compared, figures
+from server.bench.gateway import OVER, WITHIN, _round, beside, compared, figures
 from server.bench.http_load import Asked, HttpLoad, Round, run_load, zipf
 from server.bench.http_servers import Served, cpu_seconds, engine_settings, engine_words
+from server.bench.report import BenchError
 from server.child import Child, child_process
 from server.config import Settings
 from tests.steering.chat_server import task
