@@ -5,10 +5,11 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from server.config import Settings, SettingsError, load_settings
+from server.config import Settings, SettingsError, load_auth, load_settings
 
 if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -115,7 +116,7 @@ def run_ray(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, settings: Settings, flags: Flags) -> int:
     from server.serve import serve
 
-    return serve(args.model, settings, lambda: load_settings(args.config, os.environ, flags).auth)
+    return serve(args.model, settings, partial(load_auth, args.config, flags))
 
 
 def _serve_on_ray(args: argparse.Namespace, settings: Settings, flags: Flags) -> int:

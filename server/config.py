@@ -5,6 +5,7 @@ Precedence: command line, then `DELTAWORKS__SECTION__KEY`, then the file, then t
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -270,6 +271,11 @@ def load_settings(file: Path | None, environ: Mapping[str, str], flags: Mapping[
         return Settings.model_validate(merged)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def load_auth(file: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> AuthSettings:
+    """The section `auth` and its files, read again. Raises SettingsError."""
+    return load_settings(file, os.environ, flags).auth
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

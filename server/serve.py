@@ -171,6 +171,15 @@ def _app(context: Context, keys: Keys, listeners: Sequence[socket.socket]) -> Ap
     return SplitApp(context, keys, listeners[1].getsockname()[1])
 
 
+def http_config(app: App, settings: ServerSettings) -> uvicorn.Config:
+    """uvicorn with our own logs, and with limits of a request's head."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="off")
+    config.load()
+    protocol = guarded(config.http_protocol_class, settings.max_header_bytes, settings.header_timeout_s)
+    config.http_protocol_class = protocol  # type: ignore[assignment]  # uvicorn calls it, and asks for no class
+    return config
+
+
 class _Server(uvicorn.Server):
     """Turns not-ready with the first signal and answers on (503 to new requests) until the running ones are done, or time is up."""
 
@@ -208,17 +217,7 @@ async def _run(
     log_to_stderr(log_format)
     key_files.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, key_files.reload)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-    )
-    config.load()
-    protocol = guarded(config.http_protocol_class, settings.max_header_bytes, settings.header_timeout_s)
-    config.http_protocol_class = protocol  # type: ignore[assignment]  # uvicorn calls it, and asks for no class
-    server = _Server(config, gateway, settings.shutdown_timeout_s)
+    server = _Server(http_config(app, settings), gateway, settings.shutdown_timeout_s)
     (host, port), *admin = [listener.getsockname()[:2] for listener in listeners]
     print(f"listening on http://{host}:{port}, the model is loading", flush=True)
     for admin_host, admin_port in admin:

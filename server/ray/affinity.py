@@ -9,15 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.access import Message, Receive
+from server.app import INFERENCE, ROUTES
 
-_NAMED_IN_BODY = {
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/tokenize",
-    "/v1/tokenize",
-    "/detokenize",
-    "/v1/detokenize",
-}
+_NAMED_IN_BODY = {path for access, method, path, _ in ROUTES if (access, method) == (INFERENCE, "POST")}
 _NAMED_IN_PATH = re.compile(r"/v1/admin/deltas/(?P<name>[^/]+)(?:/.*)?")
 _KEY = re.compile(r"[A-Za-z0-9+._-]{1,1024}")
 _PEEK_BYTES = 4 << 20  # longer bodies go to any replica

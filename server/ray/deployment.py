@@ -9,7 +9,7 @@ is restarted by the replica's own supervisor. Requests are refused with 503 mean
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ from ray.serve.schema import LoggingConfig
 from compressors.base import resolve_base
 from server.access import App, Message, Receive, Send
 from server.app import create_app
-from server.config import AuthSettings, Section, ServerSettings, Settings, SettingsError, load_settings
-from server.guard import guarded
+from server.config import AuthSettings, Section, ServerSettings, Settings, SettingsError, load_auth, load_settings
 from server.key_files import KeyFiles
 from server.logs import log_to_stderr
-from server.serve import build, listen, open_store
+from server.serve import build, http_config, listen, open_store
 
 _ENGINE_STOP_S = 30  # beside the time that running requests have
 
@@ -55,12 +54,7 @@ class Arguments(Scale):
 def app(arguments: Arguments) -> Application:
     """Raises SettingsError, DeltaError."""
     settings = load_settings(arguments.config, os.environ, {})
-    return application(arguments.model, settings, arguments, partial(auth_of, arguments.config, {}))
-
-
-def auth_of(config: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> AuthSettings:
-    """The settings' section `auth` and its files, read again. Raises SettingsError."""
-    return load_settings(config, os.environ, flags).auth
+    return application(arguments.model, settings, arguments, partial(load_auth, arguments.config, {}))
 
 
 def application(model: str, settings: Settings, scale: Scale, read_auth: Callable[[], AuthSettings]) -> Application:
@@ -148,11 +142,7 @@ class _Listener:
 
     def __init__(self, app: App, settings: ServerSettings, port: int) -> None:
         """Raises PortError."""
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="off")
-        config.load()
-        protocol = guarded(config.http_protocol_class, settings.max_header_bytes, settings.header_timeout_s)
-        config.http_protocol_class = protocol  # type: ignore[assignment]  # uvicorn calls it, and asks for no class
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(http_config(app, settings))
         socket = listen(settings.host, port, "--replica-port")
         self._serving = asyncio.create_task(self._server.serve(sockets=[socket]))
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from compressors.errors import DeltaError
 from server.child import free_port
-from server.config import ServerSettings, Settings, SettingsError
+from server.config import ServerSettings, Settings, SettingsError, load_auth
 from server.ray.edge import CALLBACK
 from server.serve import PortError, listen
 
@@ -41,13 +41,13 @@ def serve_on_ray(
     """
     os.environ.update(_ENVIRONMENT)  # before Ray is imported; its processes inherit it
     try:
-        from server.ray.deployment import Scale, application, auth_of
+        from server.ray.deployment import Scale, application
     except ModuleNotFoundError as error:
         print(f"error: {error}; pip install 'deltaworks[ray]'", file=sys.stderr)
         return 1
     try:
         wanted = _checked(Scale, scale)
-        target = application(model, settings, wanted, partial(auth_of, config, flags))
+        target = application(model, settings, wanted, partial(load_auth, config, flags))
         cpus = max(math.ceil(wanted.replicas * wanted.cpus), os.cpu_count() or 1)
         _run(target, settings.server.host, _free(settings.server), cpus)
     except (PortError, SettingsError, DeltaError, RuntimeError) as error:
