@@ -3,20 +3,21 @@
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 log = logging.getLogger("deltaworks.background")
 
 
-class Background:
+class Background(ABC):
     """A task that starts again where it fails: a server without it would serve old names for ever, and say nothing."""
 
     what: ClassVar[str]
     _task: asyncio.Task[None] | None = None
 
+    @abstractmethod
     async def run(self) -> None:
         """Runs until it is cancelled."""
-        raise NotImplementedError
 
     def start(self) -> None:
         self._task = asyncio.create_task(self.run())

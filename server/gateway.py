@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server.admission import Admission, Permit
-from server.artifacts.background import Background
 from server.artifacts.delta_pool import DeltaPool
 from server.artifacts.pool import EditLoadFailed, EditPool, NoCapacity, PlannedEdit
 from server.artifacts.registry import DeltaRegistry, Resolved
+from server.background import Background
 from server.config import RestartSettings
 from server.core import (
     ChatPrompt,

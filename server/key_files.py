@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from prometheus_client import Counter
 
-from server.artifacts.background import Background
+from server.background import Background
 from server.config import AuthSettings, SettingsError
 from server.keys import Keys, plain_keys
 

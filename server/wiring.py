@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 
 from server.admission import Admission
 from server.artifacts.adapters import AdapterFolder
-from server.artifacts.background import Background
 from server.artifacts.checks import Checks
 from server.artifacts.combination_pool import CombinationPool
 from server.artifacts.delta_pool import DeltaPool
@@ -26,6 +25,7 @@ from server.artifacts.shelf import Shelf
 from server.artifacts.store import Store
 from server.artifacts.versions import PolicyVersion, ProfileVersion, Ref, SAEVersion
 from server.artifacts.watcher import Watcher
+from server.background import Background
 from server.build import installed
 from server.config import Settings, SteeringSettings, TelemetrySettings, ToolsSettings
 from server.core import ProfileSteering

@@ -5,9 +5,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from server.artifacts.background import Background
 from server.artifacts.backing import StoreUnavailable
 from server.artifacts.shelf import Followed, Shelf
+from server.background import Background
 
 _SWEEP_S = 3600.0
 

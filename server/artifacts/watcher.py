@@ -8,8 +8,8 @@ from pathlib import Path
 
 from compressors.errors import DeltaError
 from server.artifacts.adapters import AdapterFolder
-from server.artifacts.background import Background
 from server.artifacts.lifecycle import DeltaLifecycle
+from server.background import Background
 from server.core import GatewayError
 
 log = logging.getLogger("deltaworks.watcher")

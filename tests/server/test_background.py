@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from server.artifacts.background import Background
+from server.background import Background
 
 pytestmark = pytest.mark.anyio
 
