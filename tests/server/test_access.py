@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -234,19 +235,26 @@ async def test_rows_of_a_key_are_429_and_those_of_others_go_on(shared: Any, ask:
     assert shared.idle()
 
 
-async def test_prompt_tokens_of_a_key_are_429_while_they_wait(shared: Any, ask: Any) -> None:
+@asynccontextmanager
+async def waiting(shared: Any, ask: Any) -> AsyncGenerator[None, None]:
+    """A prompt of 30 tokens by the key `small`, which waits for its first one inside."""
     shared.engine.block_at = 0
     running = asyncio.create_task(ask("small", prompt="a" * 30))
     while not shared.engine.running:
         await asyncio.sleep(0)
     shared.engine.block_at = None
-    refused = await ask("small", prompt="a" * 11)
-    assert code(refused) == (429, "rate_limit_exceeded")
-    assert int(refused.headers["retry-after"]) >= 1
-    assert (await ask("small", prompt="a" * 10)).status_code == 200
-    assert code(await ask("small", prompt="a" * 41)) == (400, "invalid_value")
+    yield
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_prompt_tokens_of_a_key_are_429_while_they_wait(shared: Any, ask: Any) -> None:
+    async with waiting(shared, ask):
+        refused = await ask("small", prompt="a" * 11)
+        assert code(refused) == (429, "rate_limit_exceeded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await ask("small", prompt="a" * 10)).status_code == 200
+        assert code(await ask("small", prompt="a" * 41)) == (400, "invalid_value")
     assert (await ask("small", prompt="a" * 11)).status_code == 200
     assert shared.idle()
 
@@ -270,18 +278,12 @@ async def test_a_limited_key_is_told_what_it_has_left(shared: Any, ask: Any) -> 
     async with shared.client(bearer("slow")) as client:
         assert left(await client.get("/v1/models"), "requests")[:2] == (2, 0)  # which costs nothing
 
-    shared.engine.block_at = 0
-    running = asyncio.create_task(ask("small", prompt="a" * 30))
-    while not shared.engine.running:
-        await asyncio.sleep(0)
-    shared.engine.block_at = None
-    refused = await ask("small", prompt="a" * 11)
-    limit, remaining, reset_s = left(refused, "tokens")
-    assert (limit, remaining) == (40, 10)
-    assert reset_s > 0
-    assert "x-ratelimit-limit-requests" not in refused.headers
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    async with waiting(shared, ask):
+        refused = await ask("small", prompt="a" * 11)
+        limit, remaining, reset_s = left(refused, "tokens")
+        assert (limit, remaining) == (40, 10)
+        assert reset_s > 0
+        assert "x-ratelimit-limit-requests" not in refused.headers
     assert left(await ask("small", prompt="a" * 40), "tokens") == (40, 40, 0)
     for name in ("red", "both", "nobody"):
         assert not [header for header in (await ask(name)).headers if header.startswith("x-ratelimit")]
