@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from server.demo_calls import expect
+from server.demo_calls import expect, upload
 
 _MAX_TOKENS = 12
 
@@ -21,11 +20,8 @@ def show_steering(client: httpx.Client, folder: Path, base: str, headers: dict[s
     """
     folder = folder / "steering"
     description = json.loads((folder / "steering.json").read_text(encoding="utf-8"))
-    data = (folder / description["file"]).read_bytes()
-    form = {"name": description["name"], "sha256": hashlib.sha256(data).hexdigest()}
-    reply = client.post("/v1/admin/profiles", headers=headers, data=form, files={"file": (description["file"], data)})
-    expect(reply, (200, 201))
-    print(f"\nsteering, with the profile {description['name']} ({len(data) / 1e6:.1f} MB)")
+    nbytes = upload(client, "profiles", description["name"], folder / description["file"], headers)
+    print(f"\nsteering, with the profile {description['name']} ({nbytes / 1e6:.1f} MB)")
     for prompt in description["prompts"]:
         print(f"\n{prompt.rsplit(chr(10) * 2, 1)[-1]}")
         for direction in (None, *description["directions"]):

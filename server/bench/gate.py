@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import itertools
 import json
 import tempfile
@@ -27,7 +26,7 @@ from server.bench.agent import MODES, Agent, Episode, Mode
 from server.bench.gate_table import by_question, plain_rows, table
 from server.bench.report import BenchError, Measurement, reported
 from server.child import Child, child_server
-from server.demo_calls import expect
+from server.demo_calls import expect, upload
 from steering.gate.endpoint import Endpoint
 from steering.gate.tasks import Task, need_facts, read_facts, read_tasks
 from steering.gate.tools import Toolbox
@@ -75,10 +74,8 @@ def _gateway(args: argparse.Namespace, settings: str) -> Iterator[Child]:
 
 
 def _upload(child: Child, kind: str, file: Path) -> None:
-    data = file.read_bytes()
-    form = {"name": NAME, "sha256": hashlib.sha256(data).hexdigest()}
     with httpx.Client(base_url=child.url, headers=child.admin_headers, timeout=120) as client:
-        expect(client.post(f"/v1/admin/{kind}", data=form, files={"file": (file.name, data)}), (200, 201))
+        upload(client, kind, NAME, file)
         if kind == "deltas":
             expect(client.post(f"/v1/admin/deltas/{NAME}/load"), (200,))
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from compressors.base import resolve_base
 from server.bench.http_load import HttpLoad, Round, percentile, run_load, zipf
-from server.bench.http_servers import Served, cpu_seconds, engine_settings, gateway_server, upload, vllm_server
+from server.bench.http_servers import Served, cpu_seconds, engine_settings, gateway_server, upload_all, vllm_server
 from server.bench.report import BenchError, Measurement, reported
 from server.bench.serve import delta_files, make_deltas
 from server.config import Settings
@@ -63,7 +63,7 @@ def _measured(args: argparse.Namespace) -> list[Measurement]:
         rows = compared(asyncio.run(_rounds(servers, _loads(args), args.repeats)))
         if args.zipf:
             deltas = (Path(one.path) for one in make_deltas(sources, folder, DELTAS))
-            names = upload(servers["gateway"], tqdm(deltas, desc="uploading", unit="delta", total=DELTAS))
+            names = upload_all(servers["gateway"], tqdm(deltas, desc="uploading", unit="delta", total=DELTAS))
             rows += beside(asyncio.run(_over_places(servers["gateway"], names, args)))
     return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ import httpx
 
 from server.child import Child, child_process, child_server, free_port
 from server.config import EngineSettings, Settings
-from server.demo_calls import expect
+from server.demo_calls import upload
 from server.engine.arguments import engine_arguments
 
 _START_TIMEOUT_S = 600
@@ -91,15 +90,13 @@ def _words(flag: str, value: Any) -> list[str]:
     return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def upload(served: Served, deltas: Iterable[Path]) -> list[str]:
+def upload_all(served: Served, deltas: Iterable[Path]) -> list[str]:
     """Upload deltas as delta-0, delta-1, …; returns these names. Raises DemoError."""
     names = []
     with httpx.Client(base_url=served.child.url, headers=served.child.admin_headers, timeout=120) as client:
         for number, path in enumerate(deltas):
-            data = path.read_bytes()
-            form = {"name": f"delta-{number}", "sha256": hashlib.sha256(data).hexdigest()}
-            expect(client.post("/v1/admin/deltas", data=form, files={"file": ("delta", data)}), (200, 201))
-            names.append(form["name"])
+            names.append(f"delta-{number}")
+            upload(client, "deltas", names[-1], path)
     return names
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from compressors.base import resolve_base
 from server.bench.http_load import HttpLoad, Round, percentile, run_load
-from server.bench.http_servers import Served, engine_settings, gateway_server, resident_mib, upload
+from server.bench.http_servers import Served, engine_settings, gateway_server, resident_mib, upload_all
 from server.bench.report import BenchError, Measurement, reported
 from server.bench.serve import delta_files, make_deltas
 from server.bench.traffic import Traffic
@@ -69,7 +69,7 @@ def _measured(args: argparse.Namespace, faults: list[str]) -> list[Measurement]:
         with gateway_server(base, settings, folder, BASE) as served:
             served.wait_ready()
             deltas = [Path(one.path) for one in make_deltas(sources, folder, _DELTAS + _VERSIONS)]
-            names = upload(served, deltas[_VERSIONS:])
+            names = upload_all(served, deltas[_VERSIONS:])
             rows, found = asyncio.run(_phases(served, names, deltas[:_VERSIONS], args))
     faults += found
     return rows

@@ -36,6 +36,19 @@ while reply.readline():
 Done = Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class _Version:
+    """Of the delta that moves."""
+
+    data: bytes
+    digest: str
+
+    @classmethod
+    def read(cls, path: Path) -> _Version:
+        data = path.read_bytes()
+        return cls(data, hashlib.sha256(data).hexdigest())
+
+
 @dataclass
 class Traffic:
     """Asks one gateway, and counts what came of it. `faults` are answers that should not have been, in words."""
@@ -106,28 +119,30 @@ class Traffic:
 
     async def movers(self, done: Done) -> None:
         """Upload one version after the other of a delta, move its alias back and forth, ask it, delete what is old."""
+        versions = [_Version.read(path) for path in self.deltas]
         async with self._client() as client:
             turn = 0
             while not done():
-                first, second = (self.deltas[(turn + i) % len(self.deltas)] for i in range(2))
+                first, second = (versions[(turn + i) % len(versions)] for i in range(2))
                 generation = await self._uploaded(client, first)
                 generation = await self._uploaded(client, second, generation)
-                move = {"digest": _digest(first), "expected_generation": generation}
+                move = {"digest": first.digest, "expected_generation": generation}
                 await self._asked("an alias", client.put(f"/v1/admin/deltas/{_MOVING}/alias", json=move), (200,))
                 await self._whole(client, self._body(random.Random(turn), _TOKENS) | {"model": _MOVING})
-                old = f"/v1/admin/deltas/{_MOVING}/versions/{_digest(second)}?drain=true"
+                old = f"/v1/admin/deltas/{_MOVING}/versions/{second.digest}?drain=true"
                 await self._asked("a deletion", client.delete(old), (200, 204))
                 self.moved += 1
                 turn += 1
                 await _pause(_MOVE_S, done)
 
-    async def _uploaded(self, client: httpx.AsyncClient, path: Path, generation: int | None = None) -> int | None:
+    async def _uploaded(
+        self, client: httpx.AsyncClient, version: _Version, generation: int | None = None
+    ) -> int | None:
         """The name's generation afterwards."""
-        data = path.read_bytes()
-        form = {"name": _MOVING, "sha256": hashlib.sha256(data).hexdigest()}
+        form = {"name": _MOVING, "sha256": version.digest}
         if generation is not None:
             form["expected_generation"] = str(generation)
-        sent = client.post("/v1/admin/deltas", data=form, files={"file": ("delta", data)})
+        sent = client.post("/v1/admin/deltas", data=form, files={"file": ("delta", version.data)})
         reply = await self._asked("an upload", sent, (200, 201))
         return None if reply is None else int(reply.json()["generation"])
 
@@ -191,7 +206,3 @@ async def _pause(seconds: float, done: Done) -> None:
     end = time.monotonic() + seconds
     while not done() and (left := end - time.monotonic()) > 0:
         await asyncio.sleep(min(left, _PROBE_S))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
