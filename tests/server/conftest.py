@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import subprocess
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.artifacts.checks import Checks
 from server.artifacts.store import Store
+from server.child import Child
 from server.config import Settings
 from server.gateway import Gateway
 from server.routes.context import Context
@@ -167,6 +169,14 @@ def live(build: Callable[..., House]) -> Iterator[Live]:
     server.should_exit = server.force_exit = True
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def child(live: Live, tmp_path: Path) -> Child:
+    """The live server as the benches hold theirs, though it runs in this process."""
+    process: Any = subprocess.Popen(["true"])
+    process.wait()
+    return Child(live.url, ADMIN, process, tmp_path / "log")
 
 
 @pytest.fixture

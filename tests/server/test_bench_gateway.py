@@ -76,14 +76,11 @@ def test_the_rival_has_our_engines_settings_and_a_name_of_its_own(tmp_path: Path
     assert not {"--served-model-name", "--model", "--enable-lora", "--worker-extension-cls"} & set(words)
 
 
-def test_a_server_that_answers_nothing_is_told(live: Any) -> None:
+def test_a_server_that_answers_nothing_is_told(live: Any, child: Child) -> None:
     live.house.tokenizer.vocab_size = 50_000
     live.house.engine.fail_at = 0
-    process: Any = subprocess.Popen(["true"])
-    process.wait()
-    served = Served(Child(live.url, {}, process, Path("log")))
     with pytest.raises(BenchError, match=r"answered nothing of load: .*engine failed"):
-        asyncio.run(_round(served, load(2, clients=1), 0))
+        asyncio.run(_round(Served(child), load(2, clients=1), 0))
 
 
 def test_zipf_falls_with_the_rank() -> None:

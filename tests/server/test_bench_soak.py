@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +22,13 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def traffic(live: Any, tmp_path: Path) -> Traffic:
+def traffic(live: Any, child: Child, tmp_path: Path) -> Traffic:
     live.house.tokenizer.vocab_size = 50_000
     live.house.engine.max_model_len = 512
     live.house.engine.words = tuple("abcdefghijklmnopqrstuvwxyz")
     versions = [tmp_path / "a", tmp_path / "b"]
     for path in versions:
         path.write_bytes(path.name.encode())
-    process: Any = subprocess.Popen(["true"])  # the gateway runs in this process
-    process.wait()
-    child = Child(live.url, {"authorization": "Bearer admin-key"}, process, tmp_path / "log")
     return Traffic(child, ["tiny-base"], versions)
 
 

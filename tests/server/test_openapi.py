@@ -68,7 +68,9 @@ def test_errors_are_those_of_the_table() -> None:
     """Of every class that some handler answers with there is a code; all codes are the table's, beside their status."""
     said = {}
     for name, answer in DOCUMENT["components"]["responses"].items():
-        status = int(re.fullmatch(r"Problem(\d{3})(_\d+)?", name)[1])  # type: ignore[index]
+        named = re.fullmatch(r"Problem(\d{3})(_\d+)?", name)
+        assert named is not None
+        status = int(named[1])
         schema = answer["content"]["application/json"]["schema"]["allOf"][1]
         said |= dict.fromkeys(schema["properties"]["error"]["properties"]["code"]["enum"], status)
     assert set(said) <= codes()
@@ -81,10 +83,10 @@ def test_errors_are_those_of_the_table() -> None:
 @pytest.mark.anyio
 async def test_each_port_tells_its_own_routes(build: Callable[..., Any]) -> None:
     house = build()
-    app = SplitApp(house.context, house.app.state.keys, 9001)
+    app: Any = SplitApp(house.context, house.app.state.keys, 9001)
 
     async def paths(port: int) -> set[str]:
-        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url=f"http://gateway:{port}") as client:
             return {path for _, path in operations((await client.get("/openapi.json")).json())}
 
