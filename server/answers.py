@@ -248,6 +248,7 @@ class ToolGateAnswer(TypedDict):
     latency_ms: float
     stage: NotRequired[str | None]
     signals: NotRequired[dict[str, float | None]]
+    stopped: NotRequired[bool]
     problem: NotRequired[str | None]
 
 

@@ -4,7 +4,7 @@ Every probe is rows of the engine like any other; leaving one, late or because t
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -107,7 +107,9 @@ class Probing:
                 return PTrue(*yes_and_no(await self._one_token(need.probe, asked)))
             case "draft":
                 greedy = Sampling(settings.max_tokens, temperature=0, logprobs=settings.top_logprobs)
-                self.draft = await self._events(need.probe, target.prompt, greedy)
+                self.draft = await self._events(
+                    need.probe, target.prompt, greedy, enough=lambda events: need.settles(_draft(events))
+                )
                 return _draft(self.draft)
             case "samples":
                 sampled = Sampling(
@@ -141,8 +143,14 @@ class Probing:
         return Hidden(report.score)
 
     async def _events(
-        self, probe: Probe, prompt: ChatPrompt, sampling: Sampling, edit: EngineEdit | None = None
+        self,
+        probe: Probe,
+        prompt: ChatPrompt,
+        sampling: Sampling,
+        edit: EngineEdit | None = None,
+        enough: Callable[[Sequence[TokenEvent]], bool] = lambda _: False,
     ) -> list[TokenEvent]:
+        """All events, or those before which they were `enough`; the rows are then aborted."""
         engine, target = self._prober.engine, self._target
         ids = await self._prober.prompts.render(prompt, target.delta)
         room = engine.max_model_len - len(ids)
@@ -156,6 +164,8 @@ class Probing:
             async for event in events:
                 self.spent.completion_tokens += len(event.token_ids)
                 found.append(event)
+                if event.finish_reason is None and enough(found):
+                    return found
         if sum(event.finish_reason is not None for event in found) != sampling.n:
             raise ProbeFailed("the engine ended a probe before it was finished")
         return found
@@ -171,6 +181,7 @@ def _draft(events: Sequence[TokenEvent]) -> Draft:
         logprobs=tuple(map(_finite, tokens)),
         tops=tuple(tuple(map(_finite, token.top)) for token in tokens),
         finished=events[-1].finish_reason == "stop",
+        stopped=events[-1].finish_reason is None,
     )
 
 

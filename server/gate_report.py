@@ -49,7 +49,12 @@ def body(gated: Gated | None) -> Json | None:
         "latency_ms": round(1000 * gated.latency_s, 3),
     }
     if gated.explain:
-        shown |= {"stage": decision.stage, "signals": _numbers(gated), "problem": decision.problem}
+        shown |= {
+            "stage": decision.stage,
+            "signals": _numbers(gated),
+            "stopped": decision.stopped,
+            "problem": decision.problem,
+        }
     return shown
 
 
@@ -70,6 +75,7 @@ def record(gated: Gated) -> Json | None:
         "propensity": decision.propensity,
         "explored": decision.explored,
         "signals": _numbers(gated),
+        "stopped": decision.stopped,
         "tools_removed": len(decision.tools_removed),
         "probe_prompt_tokens": gated.prompt_tokens,
         "probe_completion_tokens": gated.completion_tokens,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from steering.gate.cascade import Cascade, Verdict, Walk, begin, observe
+from steering.gate.ceiling import settled
 from steering.gate.dialogue import (
     Call,
     Dict,
@@ -91,7 +92,8 @@ class Decision:
     """What to do, and everything that it came from.
 
     `propensity`: the probability of this outcome given the request, for weighting logged rows. `draft`: with suppress mode
-    answer_from_draft the whole answer, where the draft was finished. `problem` says more than `reason` for the log.
+    answer_from_draft the whole answer, where the draft was finished. `stopped`: score and signals are of a draft that was left
+    when it could not reach the threshold any more. `problem` says more than `reason` for the log.
     """
 
     action: Action
@@ -107,6 +109,7 @@ class Decision:
     propensity: float = 1.0
     budget: Budget | None = None
     draft: str | None = None
+    stopped: bool = False
     problem: str | None = None
 
     @property
@@ -141,6 +144,16 @@ class NeedProbe:
     def draft(self) -> str:
         """The text that ptrue asks about; empty before a draft."""
         return self.state.draft.text if self.state.draft else ""
+
+    def settles(self, first: Draft) -> bool:
+        """Whether the first tokens of a draft settle that the tools stay; the rest need not be written.
+
+        Never where a low score would require a call: then how low it is counts.
+        """
+        policy = self.state.policy
+        if self.state.request.allow_require and policy.thresholds.require is not None:
+            return False
+        return settled(Cascade.of(policy), self.state.walk, first)
 
 
 @dataclass(frozen=True)
@@ -286,6 +299,7 @@ def _allowed(state: State, reason: Reason, problem: str | None = None) -> Decisi
         prompt_tokens=state.usage[0],
         completion_tokens=state.usage[1],
         budget=state.budget,
+        stopped=state.draft is not None and state.draft.stopped,
         problem=problem,
     )
 

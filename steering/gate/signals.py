@@ -59,13 +59,17 @@ class Peek:
 
 @dataclass(frozen=True)
 class Draft:
-    """A greedy answer. `logprobs`: of each token; `tops`: of each token the returned alternatives, itself among them."""
+    """A greedy answer. `logprobs`: of each token; `tops`: of each token the returned alternatives, itself among them.
+
+    `stopped`: these are its first tokens, left there because the rest could not change the decision (gate/ceiling.py).
+    """
 
     text: str
     logprobs: tuple[float, ...]
     tops: tuple[tuple[float, ...], ...]
     finished: bool
     prompt_tokens: int = 0
+    stopped: bool = False
 
     @property
     def completion_tokens(self) -> int:
@@ -138,6 +142,11 @@ PROBE_OF: dict[type[Signal], Probe] = {
     PTrue: "ptrue",
     Hidden: "hidden",
 }
+
+
+def refused_for_good(text: str) -> bool:
+    """Whether words of refusal stand in a text however it goes on: at its very end a word may still grow into another."""
+    return any(found.end() < len(text) for found in _REFUSAL.finditer(text))
 
 
 def ptrue_messages(messages: Sequence[Mapping[str, Any]], draft: str) -> list[Mapping[str, Any]]:

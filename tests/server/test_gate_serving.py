@@ -120,6 +120,19 @@ async def test_a_draft_decides(bed: Bed, said: Said, outcome: tuple[str, str]) -
     assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (len(main[0]), 3)
 
 
+async def test_a_draft_is_left_when_it_can_decide_nothing_any_more(bed: Bed) -> None:
+    await bed.policy()
+    bed.say(draft=Said(("I", " guess", " 80235"), -1.0))  # the mean of 8 tokens can still rise, up to -0.125
+    told = await bed.told(HARD, tool_gate={"mode": "enforce", "explain": True})
+    assert (told["decision"], told["stopped"]) == ("allow", True)
+    assert told["score"] < told["threshold"]
+    assert told["probe_usage"]["completion_tokens"] == 2  # after two, -0.25 is the best that can come
+    assert (bed.kinds, bed.house.engine.running) == (["draft", "0"], set())
+    bed.say(draft=Said(("80", "2", "35"), -0.01))
+    told = await bed.told(HARD, tool_gate={"mode": "enforce", "explain": True})
+    assert (told["decision"], told["stopped"], told["probe_usage"]["completion_tokens"]) == ("suppress", False, 3)
+
+
 async def test_every_probe_is_asked_in_its_own_words(bed: Bed) -> None:
     order = ["peek", "hidden", "draft", "ptrue", "samples"]
     profile = (await bed.upload("knows", b"{}", "profiles")).json()["digest"]

@@ -125,6 +125,7 @@ async def test_a_record_has_numbers_and_no_text(bed: Bed, caplog: Any) -> None:
         "threshold": 0.8,
         "propensity": 1.0,
         "explored": False,
+        "stopped": False,
         "tools_removed": 1,
         "probe_prompt_tokens": len(f"u:{question}\n"),
         "probe_completion_tokens": 1,
