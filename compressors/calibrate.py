@@ -21,11 +21,11 @@ from compressors.decompress import delta_tensor
 from compressors.encode import as_record, whole_rank
 from compressors.errors import CheckpointError
 from compressors.gptq import round_factors
-from compressors.impart import decompose
 from compressors.layout import projection_parts
 from compressors.mask_codes import code_of
 from compressors.quantize import ImPartQtConfig
 from compressors.record import Encoded, Unwritten
+from compressors.spectrum import decompose
 from compressors.tensors import Checkpoint
 
 _SEQUENCES = 4  # that run through a block at once
@@ -67,7 +67,7 @@ def _rounded(
     if not delta.any():
         return Encoded(name, "zero", (delta.shape[0], delta.shape[1])), before
     spectrum, matrix = decompose(delta), (delta.shape[0], delta.shape[1])
-    if config.keeps_whole(spectrum.true_rank, matrix):
+    if config.keeps_whole(spectrum, matrix):
         encoded = whole_rank(name, spectrum, matrix)
     else:
         drops = config.drops(spectrum, name, matrix)

@@ -15,7 +15,6 @@ from compressors.byte_budget import Price, drops_within
 from compressors.impart import (
     ImPartConfig,
     SparseFactors,
-    Spectrum,
     budget_columns,
     drop_ratios,
     sparsify,
@@ -23,6 +22,7 @@ from compressors.impart import (
 from compressors.mask_codes import Code, code_of, encode_mask
 from compressors.masks import factor_rows, layer_seed
 from compressors.record import Encoded
+from compressors.spectrum import Spectrum
 from compressors.values import ValueForm, value_form
 
 _BLOCK_ROWS = 8192  # of a vocabulary table at once: bounds the fp32 copies
@@ -36,10 +36,10 @@ def encode_impart(name: str, spectrum: Spectrum, delta: torch.Tensor, config: Im
     than its own factors is kept as a dense fp16 delta.
     """
     shape = (delta.shape[0], delta.shape[1])
-    if _whole_rank_fits(spectrum.true_rank, name, shape, config):
+    if spectrum.within(_whole_rank(name, shape, config)):
         return whole_rank(name, spectrum, shape)
     form = value_form(config.value_dtype)
-    drops = _drops(spectrum.s[: spectrum.true_rank], name, shape, config, form)
+    drops = _drops(spectrum.told_apart, name, shape, config, form)
     factors = sparsify(spectrum, drops, name, config.seed, form, config.rescale)
     return as_record(name, factors, delta, config.seed, code_of(config.mask))
 
@@ -47,8 +47,8 @@ def encode_impart(name: str, spectrum: Spectrum, delta: torch.Tensor, config: Im
 def whole_rank(name: str, spectrum: Spectrum, shape: tuple[int, int]) -> Encoded:
     """A delta of low rank without loss: two dense fp32 factors."""
     rank = spectrum.true_rank
-    scaled_u = spectrum.u[:, :rank] * spectrum.s[:rank]
-    arrays: dict[str, Array] = {"a": _numpy(spectrum.vt[:rank]), "b": _numpy(scaled_u)}
+    triples = spectrum.leading(rank)
+    arrays: dict[str, Array] = {"a": _numpy(triples.vt), "b": _numpy(triples.u * triples.s)}
     return Encoded(name, "lowrank", shape, arrays, rank)
 
 
@@ -84,10 +84,11 @@ def encode_lowrank(name: str, spectrum: Spectrum, delta: torch.Tensor, config: L
     return encode_impart(name, spectrum, delta, as_impart)
 
 
-def _whole_rank_fits(rank: int, name: str, shape: tuple[int, int], config: ImPartConfig) -> bool:
+def _whole_rank(name: str, shape: tuple[int, int], config: ImPartConfig) -> int:
+    """The highest rank that the budget pays for as it is."""
     if config.bytes_ratio is not None:
-        return 4 * rank * sum(shape) <= byte_budget(shape, config.bytes_ratio)
-    return rank <= budget_columns(shape, config.ratio, config.rule_for(name))
+        return byte_budget(shape, config.bytes_ratio) // (4 * sum(shape))
+    return budget_columns(shape, config.ratio, config.rule_for(name))
 
 
 def _drops(

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressors.impart import SparseFactors, Spectrum, kept_counts
+from compressors.impart import SparseFactors, kept_counts
 from compressors.masks import factor_rows, layer_seed
 from compressors.packing import largest, pack
 from compressors.quantize import column_groups, column_widths
+from compressors.spectrum import Spectrum
 from compressors.values import round_columns
 
 _Round = Callable[[torch.Tensor, int], torch.Tensor]
@@ -35,9 +36,10 @@ def round_factors(
     rank = sum(1 for drop in drops if drop < 1)
     drop = np.asarray(drops[:rank], dtype=np.float64)
     key, widths = layer_seed(seed, name), column_widths(rank)
-    coef = spectrum.s[:rank].double().numpy().copy()
+    triples = spectrum.leading(rank)
+    coef = triples.s.double().numpy()
     sides = []
-    for f, columns in ((1, spectrum.vt[:rank]), (0, spectrum.u[:, :rank].T)):
+    for f, columns in ((1, triples.vt), (0, triples.u.T)):
         height = columns.shape[1]
         keep = kept_counts(drop, height)
         mask = _mask(factor_rows(key, f, height, keep), keep, height)

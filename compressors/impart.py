@@ -23,11 +23,11 @@ import torch
 from compressors.errors import BudgetError
 from compressors.mask_codes import code_of
 from compressors.masks import factor_rows, layer_seed
+from compressors.spectrum import Spectrum
 from compressors.values import VALUE_DTYPES, Bits, ValueForm
 
 Rule = Literal["exact", "attention", "mlp"]
 ConfigRule = Literal["exact", "released"]
-_BLURRED = 1e-3  # of the largest singular value: squares in fp32 tell values apart down to here
 _MLP_SHARE = 1.45  # the released code's 2 * i / (h + i), rounded for one 13B model
 
 
@@ -174,43 +174,6 @@ class SparseFactors:
     bits: Bits = ()
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Thin SVD of a delta in fp32, largest singular value first, each u's largest entry positive: D = u diag(s) vt."""
-
-    u: torch.Tensor  # [m, N]
-    s: torch.Tensor  # [N]
-    vt: torch.Tensor  # [N, n]
-
-    @property
-    def true_rank(self) -> int:
-        """Singular values above what fp32 can tell from zero."""
-        tolerance = self.s[0] * max(self.u.shape[0], self.vt.shape[1]) * torch.finfo(torch.float32).eps
-        return int((self.s > tolerance).sum())
-
-
-def decompose(delta: torch.Tensor) -> Spectrum:
-    """Spectrum of a delta [m, n].
-
-    From the eigenvectors V of D^T D (of the shorter side), in fp32: twice as fast as LAPACK's SVD. V is orthogonal to fp32's
-    precision, so D = (D V) V^T holds to it too, and the values are the lengths of D V; what the squares blur is only how the least
-    values are told apart. Where that is the question, as in a matrix of low rank, it is the SVD.
-    """
-    tall = delta.float() if delta.shape[0] >= delta.shape[1] else delta.float().T
-    right = torch.linalg.eigh(tall.T @ tall)[1]
-    left = tall @ right
-    s, order = left.norm(dim=0).sort(descending=True)
-    if s[len(s) // 2] > _BLURRED * s[0]:
-        left, right = left[:, order] / s.clamp(min=torch.finfo(torch.float32).tiny), right[:, order]
-    else:
-        left, s, right_t = torch.linalg.svd(tall, full_matrices=False)
-        right = right_t.T
-    u, v = (left, right) if delta.shape[0] >= delta.shape[1] else (right, left)
-    largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
-    sign = torch.where(largest < 0, -1.0, 1.0)
-    return Spectrum(u * sign, s, (v * sign).T)
-
-
 def kept_counts(drops: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.int32]:
     """Entries that each column of a factor with so many rows keeps."""
     return (rows - (rows * drops).astype(np.int64)).astype(np.int32)
@@ -225,9 +188,10 @@ def sparsify(
     """
     rank = sum(1 for drop in drops if drop < 1)
     drop = np.asarray(drops[:rank], dtype=np.float64)
-    sides, keeps, scale = [], [], spectrum.s[:rank].double().numpy().copy()
+    triples = spectrum.leading(rank)
+    sides, keeps, scale = [], [], triples.s.double().numpy()
     key = layer_seed(seed, name)
-    for f, columns in enumerate((spectrum.u[:, :rank].T, spectrum.vt[:rank])):
+    for f, columns in enumerate((triples.u.T, triples.vt)):
         rows = columns.shape[1]
         keep = kept_counts(drop, rows)
         kept = columns.numpy()[np.repeat(np.arange(rank), keep), factor_rows(key, f, rows, keep)]

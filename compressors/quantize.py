@@ -25,7 +25,6 @@ from compressors.errors import BudgetError
 from compressors.impart import (
     ConfigRule,
     Rule,
-    Spectrum,
     allocated,
     as_spectrum,
     check_bytes_ratio,
@@ -40,6 +39,7 @@ from compressors.impart import (
 from compressors.mask_codes import code_of
 from compressors.packing import packed_size
 from compressors.record import Encoded
+from compressors.spectrum import Spectrum
 from compressors.values import Bits, StoredValues, ValueForm, encode_groups
 
 Accounting = Literal["exact", "released"]
@@ -151,22 +151,22 @@ class ImPartQtConfig:
 
     def drops(self, spectrum: Spectrum, name: str, shape: tuple[int, int]) -> list[float]:
         """Drop ratios of one projection within the budget."""
-        sigma = spectrum.s[: spectrum.true_rank]
+        sigma = spectrum.told_apart
         if self.bytes_ratio is None:
             rule = rule_for(self.rule, name)
             return quantised_drop_ratios(sigma, shape, self.ratio, self.beta, self.c, rule, self.accounting)
         budget = byte_budget(shape, self.bytes_ratio)
         return drops_within(sigma.double().numpy(), shape, budget, self.beta, self.c, Price(MIXED, code_of(self.mask)))
 
-    def keeps_whole(self, rank: int, shape: tuple[int, int]) -> bool:
-        """Whether the budget pays for a delta of this rank as it is."""
-        return 4 * rank * sum(shape) <= byte_budget(shape, self.bytes_ratio or self.ratio)
+    def keeps_whole(self, spectrum: Spectrum, shape: tuple[int, int]) -> bool:
+        """Whether the budget pays for a delta as it is."""
+        return spectrum.within(byte_budget(shape, self.bytes_ratio or self.ratio) // (4 * sum(shape)))
 
 
 def encode_impart_qt(name: str, spectrum: Spectrum, delta: torch.Tensor, config: ImPartQtConfig) -> Encoded:
     """The delta [m, n] of one projection, fp32, rounded to nearest; compressors/gptq.py rounds by activations instead."""
     shape = (delta.shape[0], delta.shape[1])
-    if config.keeps_whole(spectrum.true_rank, shape):
+    if config.keeps_whole(spectrum, shape):
         return whole_rank(name, spectrum, shape)
     drops = config.drops(spectrum, name, shape)
     factors = sparsify(spectrum, drops, name, config.seed, MIXED, config.rescale)

@@ -1,8 +1,12 @@
-"""Streaming access to checkpoint folders: tensors are mapped, and only the one in hand is in memory."""
+"""Streaming access to checkpoint folders: a tensor is read when it is asked for, and only what is in hand is in memory.
+
+Files are read, not mapped: pages of a mapped checkpoint stay with the process as long as nobody else wants the memory.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +14,24 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from compressors.errors import CheckpointError
 from compressors.fingerprint import StoredTensor, stored_tensors
 from compressors.layout import Part
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @contextmanager
@@ -41,7 +56,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
         self.config = self._json("config.json")
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, int] = {}
 
     @property
     def names(self) -> list[str]:
@@ -54,12 +69,18 @@ class Checkpoint:
         return self._stored(name).dtype in _FLOATING
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored. Raises CheckpointError when it is missing."""
-        file = self._stored(name).file
-        if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
-        return tensor
+        """The tensor as stored, in memory of its own. Raises CheckpointError when it is missing or cannot be read."""
+        stored = self._stored(name)
+        if stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.folder.name}: {name} has dtype {stored.dtype}, known are {', '.join(_DTYPES)}"
+            )
+        values = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        try:
+            self._read(stored, values)
+            return values.view(_DTYPES[stored.dtype]).view(stored.shape)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder.name}: {name} cannot be read: {error}") from error
 
     def floats(self, name: str) -> torch.Tensor:
         """The tensor in fp32. Raises CheckpointError when a value is not finite or not a float."""
@@ -70,7 +91,7 @@ class Checkpoint:
         if not self.is_floating(name):
             raise CheckpointError(f"{self.folder.name}: {name} has dtype {self._stored(name).dtype}, not a float dtype")
         values = self.tensor(name) if part is None else part.view(self.tensor(name))
-        if not torch.isfinite(values).all():
+        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
             raise CheckpointError(f"{self.folder.name}: {name} holds NaN or infinite values; the checkpoint is broken")
         return values
 
@@ -80,7 +101,21 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.clear()
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _read(self, stored: StoredTensor, values: torch.Tensor) -> None:
+        """Fill `values` u8 with a tensor's bytes. Any thread may call it."""
+        if stored.file not in self._open:
+            opened = os.open(stored.file, os.O_RDONLY)
+            if self._open.setdefault(stored.file, opened) != opened:  # another thread was first
+                os.close(opened)
+        left, place = values.numpy().data, stored.start
+        while len(left):
+            count = os.preadv(self._open[stored.file], [left], place)
+            if not count:
+                raise OSError("the file ends before it")
+            left, place = left[count:], place + count
 
     def _stored(self, name: str) -> StoredTensor:
         try:

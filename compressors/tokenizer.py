@@ -27,11 +27,20 @@ VOCABULARY = "tokenizer.json"
 FILES = (VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 _LINE = 160  # characters: what is longer is broken up
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # of a JSON that is no tokenizer's
 # Of tokenizer_config.json: paths, code, and what says nothing of the tokens. A chat template travels in the manifest.
 _UNTOLD = (
     *("auto_map", "chat_template", "is_local", "local_files_only", "model_max_length", "name_or_path", "padding_side"),
     *("processor_class", "special_tokens_map_file", "tokenizer_file", "transformers_version", "truncation_side"),
 )
+# transformers writes this where a tokenizer has no post processor, and either class for one that is all in tokenizer.json.
+_NO_POST_PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def array_key(file: str) -> str:
@@ -56,7 +65,7 @@ def own_tokenizer(base: Path, fine_tune: Path, rows: int | None, base_rows: int 
 
     `rows` of its vocabulary tables, None where it has none. Raises CheckpointError naming the token that clashes.
     """
-    if _bytes(base) == _bytes(fine_tune):  # the usual case: two seconds less than to read both
+    if _same(base, fine_tune):  # the usual case: four seconds less than to lay both out and to load them
         return OwnTokenizer()
     ours, theirs = _texts(base), _texts(fine_tune)
     if VOCABULARY not in theirs or theirs == ours:
@@ -150,16 +159,21 @@ def table_rows(records: Mapping[str, Record]) -> int | None:
 def canonical(name: str, text: str) -> str:
     """A file of a tokenizer in one form, with an entry of its vocabulary a line. Raises ArtifactError."""
     try:
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ArtifactError(f"{name} is not a JSON object")
-        if name == VOCABULARY:
-            value = _sorted_vocabulary(value)
-        elif name == "tokenizer_config.json":
-            value = {key: value[key] for key in sorted(value) if key not in _UNTOLD}
-        return "\n".join(_layout(value))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return "\n".join(_layout(_values(name, text)))
+    except _UNREADABLE as error:
         raise ArtifactError(f"{name} is not a tokenizer's: {error!r}") from error
+
+
+def _values(name: str, text: str) -> dict[str, Any]:
+    """What a file says of the tokens, in one order. Raises ArtifactError, and `_UNREADABLE` where it is no tokenizer's."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{name} is not a JSON object")
+    if name == VOCABULARY:
+        return _sorted_vocabulary(value)
+    if name == "tokenizer_config.json":
+        return {key: value[key] for key in sorted(value) if key not in _UNTOLD}
+    return value
 
 
 def _sorted_vocabulary(value: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +259,31 @@ def clashing(base: Vocabulary, own: Vocabulary, rows: int | None) -> str | None:
 
 
 # Files
+
+
+def _same(base: Path, fine_tune: Path) -> bool:
+    """Whether the tokenizers' files say the same at first sight: in their values, and in what saving them anew changes."""
+    ours, theirs = _bytes(base), _bytes(fine_tune)
+    if ours == theirs:
+        return True
+    try:
+        return {name: _said(name, data) for name, data in ours.items()} == {
+            name: _said(name, data) for name, data in theirs.items()
+        }
+    except (ArtifactError, *_UNREADABLE):
+        return False  # what is wrong is told where they are read for good
+
+
+def _said(name: str, data: bytes) -> dict[str, Any]:
+    """A file's values, without what transformers writes down of a tokenizer that works as before. Raises as `_values`."""
+    value = _values(name, data.decode())
+    if name == VOCABULARY and value.get("post_processor") == _NO_POST_PROCESSOR:
+        value["post_processor"] = None
+    if name == "tokenizer_config.json":
+        value.pop("backend", None)
+        if value.get("tokenizer_class") in _GENERIC_CLASSES:
+            value["tokenizer_class"] = None
+    return value
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:

@@ -11,8 +11,9 @@ from compressors.compress import compress
 from compressors.decompress import decompress, delta_tensor
 from compressors.encode import encode_rows
 from compressors.errors import BaseMismatchError, BudgetError, CheckpointError
-from compressors.impart import ImPartConfig, decompose, drop_ratios, sparsify
+from compressors.impart import ImPartConfig, drop_ratios, sparsify
 from compressors.inspect import summary
+from compressors.spectrum import decompose
 from compressors.tensors import Checkpoint
 from compressors.values import value_form
 from compressors.verify import verify
@@ -32,7 +33,8 @@ def test_the_estimate_is_unbiased_and_its_error_is_the_closed_form():
     spectrum = decompose(delta)
     drops = drop_ratios(spectrum.s, tuple(delta.shape), 8.0, 0.3, 1.0, "exact")
     rank = sum(drop < 1 for drop in drops)
-    truncated = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
+    leading = spectrum.leading(rank)
+    truncated = (leading.u * leading.s) @ leading.vt
     total, errors, runs = torch.zeros_like(delta), [], 400
     for seed in range(runs):
         factors = sparsify(spectrum, drops, UP, seed, value_form("fp16"))
@@ -41,7 +43,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_the_closed_form():
         errors.append(((estimate - truncated) ** 2).sum().item())
     keep_u, keep_v = factors.keep_u.astype(float), factors.keep_v.astype(float)
     m, n = delta.shape
-    variance = spectrum.s[:rank].numpy() ** 2 * (m / keep_u * n / keep_v - 1)
+    variance = leading.s.numpy() ** 2 * (m / keep_u * n / keep_v - 1)
     assert np.mean(errors) == pytest.approx(variance.sum(), rel=0.02)
     assert ((total / runs - truncated).norm() ** 2).item() == pytest.approx(variance.sum() / runs, rel=0.25)
 
@@ -64,9 +66,9 @@ def test_value_dtypes_agree_with_full_precision(pair, tmp_path, value_dtype, tol
     base, tuned = pair
     compress(base, tuned, tmp_path / "d.safetensors", ImPartConfig(ratio=2.0, beta=0.0, c=0.0, value_dtype=value_dtype))
     with Artifact.open(tmp_path / "d.safetensors") as artifact:
-        spectrum = decompose(tuned_tensors()[Q] - base_tensors()[Q])
         rank = artifact.records[Q].rank
-        truncated = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
+        leading = decompose(tuned_tensors()[Q] - base_tensors()[Q]).leading(rank)
+        truncated = (leading.u * leading.s) @ leading.vt
         assert rank == 12
         assert (delta_tensor(artifact, Q) - truncated).norm() < tolerance * truncated.norm()
 

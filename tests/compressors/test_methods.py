@@ -14,11 +14,12 @@ from compressors.decompress import delta_tensor
 from compressors.errors import BudgetError
 from compressors.execution import Shard, sparse_factor
 from compressors.factors import read_factors
-from compressors.impart import ImPartConfig, decompose
+from compressors.impart import ImPartConfig
 from compressors.kernels.native import NativeKernel, NativeSparse
 from compressors.methods import METHODS
 from compressors.quantize import ImPartQtConfig
 from compressors.ratios import recount
+from compressors.spectrum import decompose
 from compressors.values import VALUE_DTYPES, round_columns
 from compressors.verify import KNOWN_METHODS, verify
 from tests.compressors.conftest import LAYER, base_tensors, drawn
@@ -137,10 +138,10 @@ def test_lowrank_is_the_best_approximation_of_its_rank(pair, tmp_path):
     compress(pair[0], pair[1], tmp_path / "d", LowRankConfig(ratio=8.0, value_dtype="fp16"))
     with Artifact.open(tmp_path / "d") as artifact:
         found, factors = delta_tensor(artifact, WIDE), read_factors(artifact, WIDE)
-    spectrum = decompose(pair[2][WIDE])
     rank = len(factors.coef)
+    leading = decompose(pair[2][WIDE]).leading(rank)
     assert rank == 640 * 256 // 8 // (640 + 256)
-    best = (spectrum.u[:, :rank] * spectrum.s[:rank]) @ spectrum.vt[:rank]
+    best = (leading.u * leading.s) @ leading.vt
     torch.testing.assert_close(found, best, rtol=2e-3, atol=2e-4)
 
 

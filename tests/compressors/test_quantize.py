@@ -17,7 +17,7 @@ from compressors.compress import compress
 from compressors.decompress import delta_tensor
 from compressors.errors import BudgetError, CheckpointError
 from compressors.gptq import round_factors, round_in_order, round_rows
-from compressors.impart import ImPartConfig, decompose, sparsify
+from compressors.impart import ImPartConfig, sparsify
 from compressors.packing import largest
 from compressors.quantize import (
     MIXED,
@@ -28,6 +28,7 @@ from compressors.quantize import (
     quantised_drop_ratios,
 )
 from compressors.record import Encoded, Unwritten
+from compressors.spectrum import decompose
 from compressors.tensors import Checkpoint
 from compressors.verify import verify
 from server.cli import main
