@@ -178,12 +178,12 @@ def _projection(old: Checkpoint, new: Checkpoint, name: str, part: Part, configs
 
 
 def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtypes: Sequence[str]) -> list[Encoded]:
-    before, after = old.tensor(name), new.tensor(name)
-    if not new.is_floating(name) and torch.equal(before, after):  # a table of positions, or the like
-        return [Encoded(name, "zero", tuple(after.shape))] * len(rows_dtypes)
+    floating, shape = new.is_floating(name), new.shape(name)
+    if not floating and torch.equal(old.tensor(name), new.tensor(name)):  # a table of positions, or the like
+        return [Encoded(name, "zero", shape)] * len(rows_dtypes)
     if is_embedding(name):
         found = {
-            dtype: encode_rows(name, old.finite(name), new.finite(name), dtype) for dtype in dict.fromkeys(rows_dtypes)
+            dtype: encode_rows(name, old.table(name), new.table(name), dtype) for dtype in dict.fromkeys(rows_dtypes)
         }
         return [found[dtype] for dtype in rows_dtypes]
     return [encode_raw(name, old.finite(name), new.finite(name))] * len(rows_dtypes)

@@ -5,6 +5,8 @@ Legend: m out features, n in features, N = min(m, n), r rank.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -25,7 +27,7 @@ from compressors.record import Encoded
 from compressors.spectrum import Spectrum
 from compressors.values import ValueForm, value_form
 
-_BLOCK_ROWS = 8192  # of a vocabulary table at once: bounds the fp32 copies
+_BLOCK_ROWS = 4096  # of a vocabulary table at once: bounds the fp32 copies
 _INT8_ERROR = 0.02  # of a table's norm; normal rows lose about 0.8 %
 
 
@@ -106,7 +108,16 @@ def byte_budget(shape: tuple[int, int], bytes_ratio: float) -> int:
     return int(2 * shape[0] * shape[1] / bytes_ratio)
 
 
-def encode_rows(name: str, before: torch.Tensor, after: torch.Tensor, dtype: str = "int8") -> Encoded:
+class Rows(Protocol):
+    """A vocabulary table [rows, width], in memory or read as it is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+
+def encode_rows(name: str, before: Rows, after: Rows, dtype: str = "int8") -> Encoded:
     """A vocabulary table [rows, width], as stored: changed rows as deltas and rows past the base's last one whole."""
     index, rows = _changed_rows(before, after)
     return encode_changed_rows(name, tuple(after.shape), index, rows, dtype)
@@ -156,7 +167,7 @@ def encode_raw(name: str, before: torch.Tensor, after: torch.Tensor) -> Encoded:
     return Encoded(name, "raw", tuple(after.shape), {"delta": _numpy(half if exact else delta)})
 
 
-def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _changed_rows(before: Rows, after: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending numbers [t] of the changed and the new rows, and their fp32 values [t, width]."""
     known = before.shape[0]
     indices, rows = [], []

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +49,18 @@ def one_thread_per_operation() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A tensor by blocks of rows: `table[start:stop]`, read when it is asked for."""
+
+    shape: tuple[int, ...]
+    block: Callable[[int, int], torch.Tensor]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.block(start, max(start, stop))
+
+
 class Checkpoint:
     """A Hugging Face model folder with safetensors weights, open for reading. Use as a context manager."""
 
@@ -71,16 +84,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, in memory of its own. Raises CheckpointError when it is missing or cannot be read."""
         stored = self._stored(name)
-        if stored.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.folder.name}: {name} has dtype {stored.dtype}, known are {', '.join(_DTYPES)}"
-            )
-        values = torch.empty(stored.end - stored.start, dtype=torch.uint8)
-        try:
-            self._read(stored, values)
-            return values.view(_DTYPES[stored.dtype]).view(stored.shape)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder.name}: {name} cannot be read: {error}") from error
+        return self._loaded(name, stored, stored.shape, stored.start, stored.end)
 
     def floats(self, name: str) -> torch.Tensor:
         """The tensor in fp32. Raises CheckpointError when a value is not finite or not a float."""
@@ -88,12 +92,21 @@ class Checkpoint:
 
     def finite(self, name: str, part: Part | None = None) -> torch.Tensor:
         """The tensor as stored, or one part of it. Raises CheckpointError when a value is not finite or not a float."""
-        if not self.is_floating(name):
-            raise CheckpointError(f"{self.folder.name}: {name} has dtype {self._stored(name).dtype}, not a float dtype")
+        self._floating(name)
         values = self.tensor(name) if part is None else part.view(self.tensor(name))
-        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
-            raise CheckpointError(f"{self.folder.name}: {name} holds NaN or infinite values; the checkpoint is broken")
-        return values
+        return self._checked(name, values)
+
+    def table(self, name: str) -> Table:
+        """The rows of a tensor, each block as `finite` gives it. Raises CheckpointError when it is not of floats."""
+        stored = self._floating(name)
+        width = (stored.end - stored.start) // max(1, stored.shape[0])
+
+        def block(start: int, stop: int) -> torch.Tensor:
+            shape = (stop - start, *stored.shape[1:])
+            values = self._loaded(name, stored, shape, stored.start + start * width, stored.start + stop * width)
+            return self._checked(name, values)
+
+        return Table(stored.shape, block)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -104,18 +117,42 @@ class Checkpoint:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _read(self, stored: StoredTensor, values: torch.Tensor) -> None:
-        """Fill `values` u8 with a tensor's bytes. Any thread may call it."""
-        if stored.file not in self._open:
-            opened = os.open(stored.file, os.O_RDONLY)
-            if self._open.setdefault(stored.file, opened) != opened:  # another thread was first
+    def _read(self, file: Path, place: int, values: torch.Tensor) -> None:
+        """Fill `values` u8 from a place of a file on. Any thread may call it."""
+        if file not in self._open:
+            opened = os.open(file, os.O_RDONLY)
+            if self._open.setdefault(file, opened) != opened:  # another thread was first
                 os.close(opened)
-        left, place = values.numpy().data, stored.start
+        left = values.numpy().data
         while len(left):
-            count = os.preadv(self._open[stored.file], [left], place)
+            count = os.preadv(self._open[file], [left], place)
             if not count:
                 raise OSError("the file ends before it")
             left, place = left[count:], place + count
+
+    def _loaded(self, name: str, stored: StoredTensor, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        """Bytes [start, end) of a tensor's file as its dtype."""
+        if stored.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.folder.name}: {name} has dtype {stored.dtype}, known are {', '.join(_DTYPES)}"
+            )
+        values = torch.empty(end - start, dtype=torch.uint8)
+        try:
+            self._read(stored.file, start, values)
+            return values.view(_DTYPES[stored.dtype]).view(shape)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder.name}: {name} cannot be read: {error}") from error
+
+    def _checked(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
+            raise CheckpointError(f"{self.folder.name}: {name} holds NaN or infinite values; the checkpoint is broken")
+        return values
+
+    def _floating(self, name: str) -> StoredTensor:
+        stored = self._stored(name)
+        if stored.dtype not in _FLOATING:
+            raise CheckpointError(f"{self.folder.name}: {name} has dtype {stored.dtype}, not a float dtype")
+        return stored
 
     def _stored(self, name: str) -> StoredTensor:
         try:

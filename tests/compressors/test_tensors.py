@@ -48,3 +48,22 @@ def test_what_cannot_be_read_is_named(checkpoint: Callable[..., Path]) -> None:
         file.write_bytes(file.read_bytes()[:-40])
         with pytest.raises(CheckpointError, match=r"made: \w cannot be read: the file ends before it"):
             found.tensor("w")
+
+
+def test_a_table_is_read_by_blocks_of_rows(checkpoint: Callable[..., Path]) -> None:
+    weight = torch.randn(10, 3).bfloat16()
+    broken = weight.clone()
+    broken[7, 1] = float("nan")
+    with Checkpoint(
+        checkpoint("made", {"w": weight, "x": broken, "ids": torch.arange(3), "no": torch.empty(0, 3)})
+    ) as found:
+        table = found.table("w")
+        assert table.shape == (10, 3)
+        for rows in (slice(0, 4), slice(4, 10), slice(8, 99), slice(10, 12), slice(5, 2)):
+            assert torch.equal(table[rows], weight[rows])
+        assert found.table("no")[0:5].shape == (0, 3)
+        assert torch.equal(found.table("x")[0:7], weight[:7])
+        with pytest.raises(CheckpointError, match="x holds NaN"):
+            found.table("x")[7:8]
+        with pytest.raises(CheckpointError, match="ids has dtype I64, not a float"):
+            found.table("ids")

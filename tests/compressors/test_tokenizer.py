@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from compressors.impart import ImPartConfig
 from compressors.inspect import summary, text
 from compressors.merge import MergeConfig, merge
 from compressors.peft import import_lora
-from compressors.tokenizer import VOCABULARY, array_key, canonical, clashing, digest, rebuilt, vocabulary
+from compressors.tokenizer import VOCABULARY, array_key, canonical, clashing, digest, own_tokenizer, rebuilt, vocabulary
 from compressors.verify import Report, verify
 from compressors.writer import ArtifactWriter
 from tests.compressors.conftest import base_tensors, tuned_tensors
@@ -168,6 +170,24 @@ def test_a_tokenizer_that_says_the_same_does_not_travel(base: Path, tune: Callab
     manifest = verified(made(base, folder), base).manifest
     assert (manifest.tokenizer.files, digest(manifest.tokenizer), manifest.format_version) == ({}, "", 2)
     assert manifest.tokenizer.eos_token_id == 1
+
+
+def test_a_tokenizer_that_was_saved_anew_is_told_without_loading_it(tmp_path: Path):
+    """transformers writes a post processor that does nothing, and another class; loading both takes as long as all matrices."""
+    base = default_base()
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    assert (tmp_path / VOCABULARY).read_bytes() != (base / VOCABULARY).read_bytes()
+    script = (
+        "import sys; from pathlib import Path; from compressors.tokenizer import own_tokenizer; "
+        "found = own_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]), None, None); "
+        "print(len(found.files), 'transformers' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, base, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", "False"]
+    stored = json.loads((tmp_path / VOCABULARY).read_text())
+    stored["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / VOCABULARY).write_text(json.dumps(stored))
+    assert set(own_tokenizer(base, tmp_path, None, None).files) >= {VOCABULARY}
 
 
 def test_rows_without_tokens_and_a_renamed_special_token_are_no_clash(base: Path, tune: Callable[..., Path]):
