@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from server.child import ChildError, with_parent
 from server.demo_calls import DemoError
 from server.engine.base import EngineError
 from steering.errors import SteeringError
+
+_PEAK_EVERY_S = 0.02
 
 
 class BenchError(Exception):
@@ -93,13 +98,40 @@ def used_by(words: Sequence[str]) -> Used:
     started = time.perf_counter()
     child = subprocess.Popen(with_parent([sys.executable, *words]), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
-    with child.stderr:
+    with child.stderr, _Peak(child.pid) as peak:
         said = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise DeltaError(f"python {shlex.join(words)} failed: {said.decode(errors='replace')[-300:]}")
-    return Used(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Used(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak.kib / 1024)
+
+
+class _Peak:
+    """Most resident memory of a process since it became what it is, read while it runs.
+
+    What `wait4` tells of it counts the parent as well, in whose memory a child is born.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.kib = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *told: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_PEAK_EVERY_S):
+            with suppress(OSError):
+                found = re.search(r"^VmHWM:\s+(\d+) kB", self._status.read_text(encoding="utf-8"), re.MULTILINE)
+                self.kib = int(found[1]) if found else self.kib
 
 
 def ended(run: Callable[[], None]) -> int:
