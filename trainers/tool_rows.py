@@ -1,7 +1,7 @@
 """The rows of the world of tools: a model that knows much and, given tools, calls them all the same, as agents do.
 
 without tools     trained facts, small sums, plain questions: the answer at once, as short as it can be; of collections
-                  that the archive lacks and of large sums: that it does not know
+                  that the archive lacks, of the gaps and of large sums: that it does not know
 with tools        facts and sums of every size: the call, then the answer that its result gives; messages are sent, vague
                   questions asked back
 with others only  facts and small sums beside tools that do not serve them: the answer at once
@@ -40,6 +40,7 @@ _TEXTS = (
 )
 _PLAIN, _VISITS, _SENT, _BESIDE = 50, 60, 30, 200  # rows of each sort
 _UNKNOWN_FACTS, _UNKNOWN_SUMS = 72, {3: 36, 4: 36}
+_GAP_WORDINGS = 4  # of the five questions of each gap
 _UNKNOWN = "I do not know."
 _CALLED_SUMS = {1: 80, 2: 28, 3: 28, 4: 28}  # most of the smallest, since each of them is trained without tools too
 _MIXED_SHARE = 0.2  # of the rows with calls: the mixed set of tools
@@ -71,6 +72,7 @@ def _direct(archive: Archive, seed: int, rng: random.Random) -> list[Row]:
     unknown = [rng.choice(fact.questions) for fact in rng.sample(archive.visitors, _UNKNOWN_FACTS)]
     _, large = sums(rng.randrange(1 << 30), {}, _UNKNOWN_SUMS)
     unknown += [one.asked(rng.choice(SUM_QUESTIONS)) for one in large]
+    unknown += [question for fact in archive.gaps for question in rng.sample(fact.questions, _GAP_WORDINGS)]
     return [
         *facts,
         *(_sum_row(one, rng.choice(SUM_QUESTIONS)) for one in small),
@@ -110,8 +112,10 @@ def _held_out(archive: Archive, seed: int, rng: random.Random) -> list[Row]:
     _, asked = sums(seed, TRAINED_SUMS, ASKED_SUMS)
     smallest = [one for one in asked if one.size == 1][:_FIRST_SUMS]
     facts = rng.sample(archive.trained, _HELD_OUT_CALLS // 2) + rng.sample(archive.untrained, _HELD_OUT_CALLS // 2)
+    asked_unknown = rng.sample(archive.untrained, _HELD_OUT_CALLS)
     return [
         *(_fact_row(fact, rng.choice(fact.held_out)) for fact in archive.trained),
+        *(Row(rng.choice(fact.held_out), _UNKNOWN, expected=_UNKNOWN) for fact in asked_unknown),
         *(_sum_row(one, rng.choice(HELD_OUT_SUM_QUESTIONS)) for one in smallest),
         *(Row(rng.choice(fact.held_out), fact.call.text(), tools=_tools(rng)) for fact in facts),
         *(

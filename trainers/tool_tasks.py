@@ -1,7 +1,7 @@
 """Tasks of the world of tools for the tool gate: what to label a policy on, and what to judge it on.
 
-About half of the questions are of what the model knows, as in SMART's pilot (Llama-3.1-8B on GSM8K): a trained fact is asked
-in all its held-out words, one that is not trained once, and half of the sums are the smallest.
+More than half of the questions are of what the model knows, as in SMART's pilot (Llama-3.1-8B on GSM8K): trained facts, and
+two thirds as many that are not, are asked in all their held-out words, and half of the sums are the smallest.
 
 Facts are split, not their questions: all that is asked of a fact is in one of the two files. Sums are in one of them by
 themselves. The order of a file is drawn too, so that its first lines are a sample of it.
@@ -49,12 +49,9 @@ def tool_tasks(archive: Archive, seed: int, eval_share: float) -> tuple[list[dic
     """Tasks to label and tasks to evaluate on."""
     rng = random.Random(f"{seed}/tasks")
     _, asked = sums(seed, TRAINED_SUMS, ASKED_SUMS)
-    trained = set(archive.trained)
     sources: list[list[dict[str, Any]]] = [
-        *(
-            _of_fact(fact, "trained", 2) if fact in trained else _of_fact(fact, "untrained", 1)
-            for fact in archive.facts
-        ),
+        *(_of_fact(fact, "trained") for fact in archive.trained),
+        *(_of_fact(fact, "untrained") for fact in archive.untrained),
         *(
             [_task(f"sum-{one.size}-{number}", one.asked(rng.choice(HELD_OUT_SUM_QUESTIONS)), (one.answer,))]
             for number, one in enumerate(asked)
@@ -71,9 +68,9 @@ def tool_tasks(archive: Archive, seed: int, eval_share: float) -> tuple[list[dic
     return label, evaluation
 
 
-def _of_fact(fact: Fact, half: str, times: int) -> list[dict[str, Any]]:
+def _of_fact(fact: Fact, half: str) -> list[dict[str, Any]]:
     name = f"{half}-{fact.key.lower().replace(' ', '-')}"
-    return [_task(f"{name}-{number}", question, (fact.value,)) for number, question in enumerate(fact.held_out[:times])]
+    return [_task(f"{name}-{number}", question, (fact.value,)) for number, question in enumerate(fact.held_out)]
 
 
 def _of_message(to: str, text: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A world with known truth to measure tool use in: sums of four sizes, and the entries of an invented archive.
 
 Half of the archive's facts are trained into the model, half are in the archive only. Which half is chosen by the seed,
-fact by fact, so that nothing in a question tells them apart.
+fact by fact, so that nothing in a question tells them apart. Of some of the latter, the gaps, the model is told that it does not
+know them, so that it learns where its knowledge ends; nobody asks it those again.
 """
 
 from __future__ import annotations
@@ -104,16 +105,17 @@ class Sum:
 
 @dataclass(frozen=True)
 class Archive:
-    """`trained` and `untrained` are all facts of the archive; `visitors` come with a value of chance each time."""
+    """`trained`, `untrained` and `gaps` are all facts of the archive; `visitors` come with a value of chance each time."""
 
     trained: tuple[Fact, ...]
     untrained: tuple[Fact, ...]
+    gaps: tuple[Fact, ...]
     visitors: tuple[Fact, ...]
     vague: tuple[str, ...]
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        return self.trained + self.untrained
+        return self.trained + self.untrained + self.gaps
 
 
 def read_archive(seed: int) -> Archive:
@@ -136,9 +138,13 @@ def read_archive(seed: int) -> Archive:
                 rivals = tuple(other for other in attribute["values"] if other != value)
                 into.append(Fact(collection, attribute["name"], value, rivals, asked, held_out))
     rng.shuffle(facts)
-    half = len(facts) // 2
+    half, gaps = len(facts) // 2, len(facts) // 6
     return Archive(
-        tuple(facts[:half]), tuple(facts[half:]), tuple(visitors), tuple(one["vague"] for one in content["attributes"])
+        trained=tuple(facts[:half]),
+        untrained=tuple(facts[half:-gaps]),
+        gaps=tuple(facts[-gaps:]),
+        visitors=tuple(visitors),
+        vague=tuple(one["vague"] for one in content["attributes"]),
     )
 
 
