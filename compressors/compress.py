@@ -39,6 +39,8 @@ from compressors.tensors import Checkpoint, one_thread_per_operation
 from compressors.tokenizer import chat_template, own_tokenizer, with_end_token
 from compressors.writer import ArtifactWriter
 
+_AHEAD = 4  # tasks for each worker, under way, waiting for it or done
+
 Task = Callable[[], list[Encoded]]  # one per output
 
 
@@ -190,12 +192,14 @@ def _other(old: Checkpoint, new: Checkpoint, name: str, rows_dtypes: Sequence[st
 
 
 def in_order(tasks: Iterable[Task], workers: int) -> Iterator[list[Encoded]]:
-    """Results in the order of the tasks, with at most `workers` of them under way or waiting."""
+    """Results in the order of the tasks, `workers` of them under way; a few more may wait, as small as they are by then, so that no
+    worker waits for a slower one.
+    """
     waiting: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for task in tasks:
-                if len(waiting) == workers:
+                if len(waiting) == _AHEAD * workers:
                     yield waiting.popleft().result()
                 waiting.append(pool.submit(task))
             while waiting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,18 +64,16 @@ def encode_projection(name: str, delta: torch.Tensor, configs: Sequence[Config])
 
 
 class _Spectra:
-    """Of one delta: all triples, and the first ones; either is made when it is first asked for."""
+    """Of one delta: all triples, and the first ones; either is made when it is first asked for.
+
+    By `cache` on the instance: Python 3.11's cached_property holds one lock for all instances, so that matrices would wait
+    for each other.
+    """
 
     def __init__(self, delta: torch.Tensor) -> None:
         self.delta = delta
-
-    @cached_property
-    def whole(self) -> Spectrum:
-        return decompose(self.delta)
-
-    @cached_property
-    def first(self) -> Spectrum | None:
-        return decompose_first(self.delta)
+        self.whole = cache(lambda: decompose(delta))
+        self.first = cache(lambda: decompose_first(delta))
 
 
 def _of_spectrum(
@@ -85,8 +83,8 @@ def _of_spectrum(
     config: Config,
     from_first: bool,
 ) -> Encoded:
-    first = spectra.first if from_first else None
+    first = spectra.first() if from_first else None
     if first is not None:
         with suppress(TooFewTriplesError):
             return encode(name, first, spectra.delta, config)
-    return encode(name, spectra.whole, spectra.delta, config)
+    return encode(name, spectra.whole(), spectra.delta, config)
