@@ -115,7 +115,7 @@ def _held_out(archive: Archive, seed: int, rng: random.Random) -> list[Row]:
     asked_unknown = rng.sample(archive.untrained, _HELD_OUT_CALLS)
     return [
         *(_fact_row(fact, rng.choice(fact.held_out)) for fact in archive.trained),
-        *(Row(rng.choice(fact.held_out), _UNKNOWN, expected=_UNKNOWN) for fact in asked_unknown),
+        *(_unknown_row(fact, rng.choice(fact.held_out)) for fact in asked_unknown),
         *(_sum_row(one, rng.choice(HELD_OUT_SUM_QUESTIONS)) for one in smallest),
         *(Row(rng.choice(fact.held_out), fact.call.text(), tools=_tools(rng)) for fact in facts),
         *(
@@ -127,6 +127,11 @@ def _held_out(archive: Archive, seed: int, rng: random.Random) -> list[Row]:
 
 def _fact_row(fact: Fact, question: str, tools: Sequence[dict[str, Any]] = ()) -> Row:
     return Row(question, fact.value, expected=fact.value, rivals=fact.rivals, tools=tuple(tools))
+
+
+def _unknown_row(fact: Fact, question: str) -> Row:
+    """Any value of the attribute would be invented."""
+    return Row(question, _UNKNOWN, expected="know", rivals=(fact.value, *fact.rivals))
 
 
 def _sum_row(one: Sum, form: str, tools: Sequence[dict[str, Any]] = ()) -> Row:

@@ -61,11 +61,11 @@ def policy(client: httpx.Client, stages: list[dict[str, Any]], **probes: Any) ->
     return json.dumps(made).encode()
 
 
-def confidence(client: httpx.Client, question: str) -> float:
+def confidence(client: httpx.Client, question: str, tokens: int = DRAFT_TOKENS) -> float:
     """Mean log-probability of the direct answer's first tokens, as a client reads it."""
-    choice = ask(client, question, max_tokens=DRAFT_TOKENS, logprobs=True, top_logprobs=1)["choices"][0]
-    tokens = choice["logprobs"]["content"]
-    return float(sum(token["logprob"] for token in tokens) / len(tokens))
+    choice = ask(client, question, max_tokens=tokens, logprobs=True, top_logprobs=1)["choices"][0]
+    found = choice["logprobs"]["content"]
+    return float(sum(token["logprob"] for token in found) / len(found))
 
 
 def text(body: dict[str, Any]) -> str:
@@ -93,7 +93,14 @@ def test_one_question_loses_its_tools_and_one_keeps_them(client: httpx.Client, d
     assert 0 < told["probe_usage"]["completion_tokens"] <= DRAFT_TOKENS
     told = unknown["gateway"]["tool_gate"]
     assert (told["decision"], told["tools_removed"]) == ("allow", [])
-    assert told["signals"]["draft.mean_logprob"] == pytest.approx(drafting[QUESTIONS[1]], abs=1e-4)
+    written = told["probe_usage"]["completion_tokens"]
+    assert told[
+        "stopped"
+    ]  # its first tokens settle it: even certain ones behind them would not make up for their doubt
+    assert 0 < written < DRAFT_TOKENS
+    first = confidence(client, QUESTIONS[1], written)
+    assert told["signals"]["draft.mean_logprob"] == pytest.approx(first, abs=1e-4)
+    assert first * written / DRAFT_TOKENS < sum(drafting.values()) / 2  # no end of it could have reached the threshold
     ungated = ask(client, QUESTIONS[1], **with_tools())
     assert unknown["choices"][0]["message"] == ungated["choices"][0]["message"]
     assert unknown["usage"]["prompt_tokens"] == ungated["usage"]["prompt_tokens"]

@@ -117,9 +117,12 @@ def test_what_the_model_is_told_not_to_know_is_asked_nowhere_else() -> None:
     assert len([row for row in unknown if row.prompt in gaps]) == 4 * 40
     assert len(unknown) == 72 + 4 * 40 + 72
     assert not gaps & {row.prompt for row in split.train if row.completion != "I do not know."}
-    held_out = {row.prompt for row in split.held_out if row.expected == "I do not know."}
-    assert len(held_out) == 30
-    assert held_out < {question for fact in archive.untrained for question in fact.held_out}
+    limits = [row for row in split.held_out if row.completion == "I do not know."]
+    assert len({row.prompt for row in limits}) == len(limits) == 30
+    assert {row.prompt for row in limits} < {question for fact in archive.untrained for question in fact.held_out}
+    for row in limits:
+        assert tool_use(row, "I do not know.")
+        assert not any(tool_use(row, answer) for answer in (row.rivals[0], f"I know: {row.rivals[-1]}.", "Nobody is."))
     _, asked = sums(1, TRAINED_SUMS, ASKED_SUMS)
     numbers = {tuple(re.findall(r"\d+", one.asked("{a} {sign} {b}"))) for one in asked}
     sums_unknown = [row.prompt for row in unknown if row.prompt not in visiting | gaps]
