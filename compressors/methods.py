@@ -15,7 +15,7 @@ from compressors.encode import encode_impart, encode_lowrank
 from compressors.impart import ImPartConfig
 from compressors.quantize import ImPartQtConfig, encode_impart_qt
 from compressors.record import Encoded
-from compressors.spectrum import Spectrum, TooFewTriplesError, decompose, decompose_first
+from compressors.spectrum import Spectrum, TooFewTriplesError, decompose, decompose_first, gram
 
 Config = ImPartConfig | ImPartQtConfig | LowRankConfig | DareConfig | BitDeltaConfig
 
@@ -64,7 +64,7 @@ def encode_projection(name: str, delta: torch.Tensor, configs: Sequence[Config])
 
 
 class _Spectra:
-    """Of one delta: all triples, and the first ones; either is made when it is first asked for.
+    """Of one delta: all triples, and the first ones; either is made when it is first asked for, from the same Gram matrix.
 
     By `cache` on the instance: Python 3.11's cached_property holds one lock for all instances, so that matrices would wait
     for each other.
@@ -72,8 +72,9 @@ class _Spectra:
 
     def __init__(self, delta: torch.Tensor) -> None:
         self.delta = delta
-        self.whole = cache(lambda: decompose(delta))
-        self.first = cache(lambda: decompose_first(delta))
+        lower = cache(lambda: gram(delta))
+        self.whole = cache(lambda: decompose(delta, lower()))
+        self.first = cache(lambda: decompose_first(delta, lower()))
 
 
 def _of_spectrum(

@@ -93,16 +93,15 @@ class Spectrum:
         return Triples(u * sign, s, (v * sign).T)
 
 
-def decompose(delta: torch.Tensor) -> Spectrum:
-    """Spectrum of a delta [m, n] in fp32.
+def decompose(delta: torch.Tensor, lower: torch.Tensor | None = None) -> Spectrum:
+    """Spectrum of a delta [m, n] in fp32. `lower`: what `gram` gives of it, where that is known.
 
     From the eigenvectors V of D^T D (of the shorter side): a third of the time of LAPACK's SVD. V is orthogonal to fp32's
     precision, so D = (D V) V^T holds to it too, and the values are the lengths of D V; what the squares blur is only how the least
     values are told apart. Where that is the question, as in a matrix of low rank, it is the SVD.
     """
-    wide = delta.shape[0] < delta.shape[1]
-    tall = delta.float().T if wide else delta.float()
-    values, vectors = torch.linalg.eigh(_gram(tall))
+    tall, wide = _upright(delta)
+    values, vectors = torch.linalg.eigh(gram(delta) if lower is None else lower)
     s = values.flip(0).clamp(min=0).sqrt()
     if s[len(s) // 2] > _BLURRED * s[0]:
         return Spectrum(s, vectors.flip(1), tall, wide)
@@ -110,23 +109,21 @@ def decompose(delta: torch.Tensor) -> Spectrum:
     return Spectrum(s, inner_t.T, tall, wide, exact=True)
 
 
-def decompose_first(delta: torch.Tensor) -> Spectrum | None:
+def decompose_first(delta: torch.Tensor, lower: torch.Tensor) -> Spectrum | None:
     """The first triples of a delta [m, n], as exact as those of `decompose`, in half of its time; None where they do not settle.
 
-    Subspace iteration on D^T D with Chebyshev's polynomials as filter (Zhou, Saad, Tiago and Chelikowsky 2006): what lies below
-    the subspace's least Ritz value is damped, what lies above it grows with the distance.
+    `lower`: what `gram` gives of it. Subspace iteration with Chebyshev's polynomials as filter (Zhou, Saad, Tiago and Chelikowsky
+    2006): what lies below the subspace's least Ritz value is damped, what lies above it grows with the distance.
     """
-    wide = delta.shape[0] < delta.shape[1]
-    tall = delta.float().T if wide else delta.float()
+    tall, wide = _upright(delta)
     count = tall.shape[1]
     if count < 4 * _FEW:
         return None
-    half = _gram(tall).tril()
-    gram = half + half.tril(-1).T
+    square = lower.tril() + lower.tril(-1).T
     start = torch.randn(count, _FEW, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(gram @ start)[0]
+    basis = torch.linalg.qr(square @ start)[0]
     for _ in range(_PASSES):
-        image = gram @ basis
+        image = square @ basis
         values, turn = torch.linalg.eigh(basis.T @ image)
         if values[0] <= _BLURRED**2 * values[-1]:
             return None
@@ -136,11 +133,11 @@ def decompose_first(delta: torch.Tensor) -> Spectrum | None:
         if settled >= _ENOUGH * _FEW:
             s = values.flip(0)[:settled].sqrt()
             return Spectrum(torch.cat([s, s[-1].expand(count - settled)]), basis.flip(1)[:, :settled], tall, wide)
-        basis = torch.linalg.qr(_filtered(gram, basis, image, values))[0]
+        basis = torch.linalg.qr(_filtered(square, basis, image, values))[0]
     return None
 
 
-def _filtered(gram: torch.Tensor, basis: torch.Tensor, image: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _filtered(square: torch.Tensor, basis: torch.Tensor, image: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Chebyshev's polynomial of the Gram matrix, of `_DEGREE`, on the basis [N, K]; scaled to 1 at the largest Ritz value.
 
     `image`: the Gram matrix times the basis; `values` [K]: the Ritz values, ascending. The interval [0, least] is damped.
@@ -150,16 +147,23 @@ def _filtered(gram: torch.Tensor, basis: torch.Tensor, image: torch.Tensor, valu
     before, now = basis, (image - centre * basis) * (first / half)
     for _ in range(2, _DEGREE + 1):
         after = 1 / (2 / first - scale)
-        before, now = now, (gram @ now - centre * now) * (2 * after / half) - before * (scale * after)
+        before, now = now, (square @ now - centre * now) * (2 * after / half) - before * (scale * after)
         scale = after
     return now
 
 
-def _gram(tall: torch.Tensor) -> torch.Tensor:
-    """D^T D, its lower triangle only."""
+def gram(delta: torch.Tensor) -> torch.Tensor:
+    """D^T D of the shorter side of a delta, its lower triangle only: what stands above the diagonal means nothing."""
+    tall, _ = _upright(delta)
     count = tall.shape[1]
     found = torch.zeros(count, count)
     for start in range(0, count, _STRIPE):
         end = min(start + _STRIPE, count)
         found[start:, start:end] = tall[:, start:].T @ tall[:, start:end]
     return found
+
+
+def _upright(delta: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A delta in fp32 with its shorter side in columns; whether it had to be turned for that."""
+    wide = delta.shape[0] < delta.shape[1]
+    return (delta.float().T if wide else delta.float()), wide

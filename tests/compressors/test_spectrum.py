@@ -9,7 +9,7 @@ from compressors.decompress import delta_tensor
 from compressors.impart import ImPartConfig
 from compressors.methods import METHODS, encode_projection
 from compressors.record import Unwritten
-from compressors.spectrum import Spectrum, TooFewTriplesError, decompose, decompose_first
+from compressors.spectrum import Spectrum, TooFewTriplesError, decompose, decompose_first, gram
 
 
 def of_spectrum(values: torch.Tensor, m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -74,7 +74,7 @@ FAST = torch.logspace(0, -1.5, 300, dtype=torch.float64)
 @pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
 def test_the_first_triples_are_those_of_the_whole_spectrum(shape: tuple[int, int]) -> None:
     delta = of_spectrum(FAST, *shape)
-    first, whole = decompose_first(delta), decompose(delta)
+    first, whole = decompose_first(delta, gram(delta)), decompose(delta)
     assert first is not None
     known = first.inner.shape[1]
     assert known >= 48
@@ -91,7 +91,8 @@ def test_the_first_triples_are_those_of_the_whole_spectrum(shape: tuple[int, int
 @pytest.mark.parametrize("values", [DECAY["flat"], torch.logspace(0, -6, 130).double(), torch.ones(20).double()])
 def test_where_the_first_triples_do_not_settle_there_are_none(values: torch.Tensor) -> None:
     """A matrix that is small, falls too steeply for squares in fp32, or has no more triples than that."""
-    assert decompose_first(of_spectrum(values, 400, 400 if len(values) < 250 else len(values))) is None
+    delta = of_spectrum(values, 400, 400 if len(values) < 250 else len(values))
+    assert decompose_first(delta, gram(delta)) is None
 
 
 @pytest.mark.parametrize(
