@@ -183,7 +183,7 @@ class Planner:
         version = self._profile(wanted.profile, f"{wanted.field}.profile")
         direction = version.directions.get(wanted.direction)
         if direction is None:
-            known = ", ".join(sorted(version.directions))
+            known = ", ".join(sorted(version.directions)) or "none, only a probe"
             raise InvalidRequest(
                 f"the profile has no such direction; it has: {known}", param=f"{wanted.field}.direction"
             )

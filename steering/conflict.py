@@ -73,9 +73,9 @@ def fit_probe(
             raise FitError(
                 f"{name} samples: {counts[1]} with and {counts[0]} without a conflict, {_MIN_PER_CLASS} needed of each"
             )
-    probe = _logistic(h[~test].double(), y[~test].double(), penalty, layer)
+    probe = logistic_probe(h[~test], y[~test], penalty, layer)
     train_scores, scores = probe.score(h[~test]), probe.score(h[test])
-    threshold = _best_threshold(train_scores, y[~test])
+    threshold = best_threshold(train_scores, y[~test])
     truth = y[test].bool()
     return FittedProbe(
         probe,
@@ -103,10 +103,17 @@ def auprc(scores: torch.Tensor, truth: torch.Tensor) -> float:
     return float((precision * hits).sum() / hits.sum())
 
 
-def _logistic(h: torch.Tensor, y: torch.Tensor, penalty: float, layer: int) -> Probe:
-    """Newton's method on standardised rows with a bias column, which is hardly penalised."""
+def logistic_probe(h: torch.Tensor, y: torch.Tensor, penalty: float, layer: int) -> Probe:
+    """The probe of least penalised loss: rows h [N, d], targets y [N] in 0..1, `penalty` the L2 weight per row.
+
+    Newton's method on standardised rows with a bias column, which is hardly penalised. The best weights lie in the span of the
+    rows, so that fewer rows than values are first turned into coordinates of that span.
+    """
+    h, y = h.double(), y.double()
     mean, std = h.mean(0), h.std(0).clamp_min(1e-6)
-    x = torch.cat([(h - mean) / std, torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
+    rows = (h - mean) / std
+    basis = torch.linalg.qr(rows.T)[0] if len(rows) < rows.shape[1] else None
+    x = torch.cat([rows if basis is None else rows @ basis, torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
     ridge = torch.full((x.shape[1],), penalty * len(x), dtype=h.dtype)
     ridge[-1] = 1e-6
     w = torch.zeros(x.shape[1], dtype=h.dtype)
@@ -118,10 +125,11 @@ def _logistic(h: torch.Tensor, y: torch.Tensor, penalty: float, layer: int) -> P
         w = w - move
         if float(move.abs().max()) < _TOLERANCE:
             break
-    return Probe(layer, w[:-1].float(), w[-1:].float(), mean.float(), std.float())
+    weight = w[:-1] if basis is None else basis @ w[:-1]
+    return Probe(layer, weight.float(), w[-1:].float(), mean.float(), std.float())
 
 
-def _best_threshold(scores: torch.Tensor, y: torch.Tensor) -> float:
+def best_threshold(scores: torch.Tensor, y: torch.Tensor) -> float:
     """The score that parts the two classes with the fewest errors; half way between its neighbours."""
     order = torch.argsort(scores)
     ranked, truth = scores[order], y[order].bool()

@@ -9,9 +9,9 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from steering.errors import ProfileError, SAEFormatError, SteeringError
 
@@ -44,7 +44,7 @@ class LayerHeader(_Header):
 
 
 class ProbeHeader(_Header):
-    """The conflict probe: where it reads, its decision threshold, and how good it is on held-out questions."""
+    """The probe: where it reads, its decision threshold, and how good it is on held-out questions."""
 
     layer: Annotated[int, Field(ge=0)]
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -54,18 +54,29 @@ class ProbeHeader(_Header):
 
 
 class ProfileHeader(_Header):
-    """A SpARE profile. `template_sha256` names the prompt template that it was fitted on: sha256 of its text, or empty."""
+    """A SpARE profile, or a probe alone, without directions and layers.
+
+    `template_sha256` names the prompt template that it was fitted on: sha256 of its text, or empty.
+    """
 
     format_version: Literal[1] = 1
     base_fingerprint: str
     model_name: str
     template_sha256: str
     d_in: Annotated[int, Field(gt=0)]
-    directions: dict[Literal["use_context", "use_parameter"], DirectionHeader] = Field(min_length=1)
-    layers: dict[Annotated[int, Field(ge=0)], LayerHeader] = Field(min_length=1)
+    directions: dict[Literal["use_context", "use_parameter"], DirectionHeader] = {}
+    layers: dict[Annotated[int, Field(ge=0)], LayerHeader] = {}
     fit: dict[str, Scalar] = {}
     metrics: dict[str, Scalar] = {}
     probe: ProbeHeader | None = None
+
+    @model_validator(mode="after")
+    def _steers_or_reads(self) -> Self:
+        if bool(self.directions) != bool(self.layers):
+            raise ValueError("directions and layers are there together, or neither")
+        if not self.directions and self.probe is None:
+            raise ValueError("directions: nothing is steered, and there is no probe either")
+        return self
 
 
 class SAEHeader(_Header):

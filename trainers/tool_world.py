@@ -138,7 +138,7 @@ def read_archive(seed: int) -> Archive:
                 rivals = tuple(other for other in attribute["values"] if other != value)
                 into.append(Fact(collection, attribute["name"], value, rivals, asked, held_out))
     rng.shuffle(facts)
-    half, gaps = len(facts) // 2, len(facts) // 6
+    half, gaps = len(facts) // 2, len(facts) // 4
     return Archive(
         trained=tuple(facts[:half]),
         untrained=tuple(facts[half:-gaps]),

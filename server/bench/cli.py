@@ -111,6 +111,7 @@ def _add_gate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     gate.add_argument("--delta", type=Path, required=True, help="the delta that the policy is bound to")
     gate.add_argument("--policy", type=Path, required=True, help="written by `deltaworks gate fit`")
+    gate.add_argument("--profile", type=Path, help="whose probe the policy reads, where it has the stage hidden")
     gate.add_argument("--tasks", type=Path, required=True, help="questions that the policy was not fitted on (.jsonl)")
     gate.add_argument("--facts", type=Path, help="JSON object of texts, for the executor `lookup`")
     gate.add_argument("--limit", type=int, help="only so many of the tasks (default: all)")

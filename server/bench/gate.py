@@ -50,6 +50,8 @@ def _measured(args: argparse.Namespace) -> list[Measurement]:
     with ExitStack() as stack:
         gated = stack.enter_context(_gateway(args, '[gate]\nmode = "enforce"\n'))
         _upload(gated, "deltas", args.delta)
+        if args.profile is not None:
+            _upload(gated, "profiles", args.profile)
         _upload(gated, "policies", args.policy)
         episodes = asyncio.run(ask_all(gated.url, tasks, facts, args.concurrency, args.max_tokens))
         if args.log:

@@ -6,7 +6,13 @@ import argparse
 from importlib import import_module
 
 # Each has add_parser(subparsers); listed in the order of their use.
-MODULES = ("steering.gate.label_cli", "steering.gate.fit_cli", "steering.gate.eval_cli", "steering.gate.report_cli")
+MODULES = (
+    "steering.gate.label_cli",
+    "steering.gate.streams_cli",
+    "steering.gate.fit_cli",
+    "steering.gate.eval_cli",
+    "steering.gate.report_cli",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

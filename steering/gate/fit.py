@@ -108,7 +108,7 @@ def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None)
         cascade = _widened(cascade, point.tau, settings.require)
     found = effects(Columns.of(splits.judge, settings.r), replay_all(cascade, splits.judge), settings.delta)
     policy = Policy(
-        model=_binding(rows, identity or Identity()),
+        model=binding(rows, identity or Identity()),
         tool_kinds=_tool_rules(labels.rows),
         budgets=_budgets(rows, settings.budget_quantile),
         stages=cascade.stages,
@@ -161,7 +161,8 @@ def _qualities(stages: Sequence[Stage], rows: list[LabelRow], r: float) -> dict[
     return found
 
 
-def _binding(rows: Sequence[LabelRow], identity: Identity) -> Binding:
+def binding(rows: Sequence[LabelRow], identity: Identity) -> Binding:
+    """Of what the policy is. Raises LabelError where neither rows nor `identity` say it."""
     said = same_model(rows)
     base = identity.base_fingerprint or said.base_fingerprint
     template = said.template_sha256 if identity.template_sha256 is None else identity.template_sha256
@@ -222,7 +223,7 @@ def _complaints(
         if holding and probe not in plan.order:
             found.append(f"the stage {probe} is left out: {holding} of {len(rows)} rows have its features")
     if "hidden" in plan.order and settings.hidden_profile is None:
-        found.append("no profile is named whose probe the stage hidden reads; a server cannot ask it")
+        found.append("no profile is named whose probe the stage hidden reads (--streams or --hidden-profile)")
     for part, use in (
         (splits.fit, "fit"),
         (splits.calibrate, "calibrate"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from steering.gate.policy import Mixed, Placement, SuppressMode
 from steering.gate.signals import STAGES
 from steering.options import numbers, reporting, words
+
+if TYPE_CHECKING:
+    from steering.gate.fit import FitSettings, Identity
+    from steering.gate.labels import Labels
 
 _EXAMPLE = """example:
   deltaworks gate fit labels.jsonl -o policy.json --epsilon 0.02 --delta 0.1"""
@@ -60,6 +65,12 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--hidden-profile", type=_sha256, metavar="SHA256", help="steering profile whose probe the stage hidden reads"
     )
+    parser.add_argument(
+        "--streams",
+        type=Path,
+        help="of `deltaworks gate streams`: fit the probe of hidden to them, on the rows to fit on",
+    )
+    parser.add_argument("--probe-out", type=Path, help="profile to write it to (.safetensors)")
     parser.add_argument("--require", type=_share, help="score below which callers who opt in have a call required")
     parser.add_argument(
         "--budget-quantile",
@@ -102,8 +113,17 @@ def _run(args: argparse.Namespace) -> int:
         budget_quantile=args.budget_quantile,
     )
     identity = Identity(args.base_fingerprint, args.delta_digest, args.template_sha256)
+    labels = read_labels(args.labels)
+    if (args.streams is None) != (args.probe_out is None):
+        raise FitError(
+            "--streams and --probe-out belong together: what the probe is fitted to, and where it is written"
+        )
+    if args.streams is not None:
+        if args.hidden_profile is not None:
+            raise FitError("--hidden-profile names a probe that is there; --streams fits a new one")
+        labels, settings = _with_probe(labels, settings, identity, args.streams, args.probe_out)
     try:
-        fitted = fit(read_labels(args.labels), settings, identity)
+        fitted = fit(labels, settings, identity)
     except (
         ValidationError
     ) as error:  # settings that a policy cannot have, such as a draft as the answer without a draft
@@ -114,6 +134,27 @@ def _run(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {args.out}  policy {fitted.policy.policy_id}")
     return 0
+
+
+def _with_probe(
+    labels: Labels, settings: FitSettings, identity: Identity, streams: Path, out: Path
+) -> tuple[Labels, FitSettings]:
+    """The labels with the scores of a probe that is fitted and written now, and the settings that name it."""
+    from steering.gate.fit import binding
+    from steering.gate.knows import file_sha256, fit_knows, open_streams, with_scores, write_knows
+    from steering.gate.replay import acted_on
+    from steering.gate.stages import Splits
+
+    rows = acted_on(labels.rows, settings.mixed)
+    splits = Splits.of(rows, settings.shares, settings.seed)
+    knows = fit_knows(rows, splits.fit, open_streams(streams), settings.r, settings.seed)
+    write_knows(knows, binding(rows, identity), out)
+    print(
+        f"probe: layer {knows.header.layer}, AUROC {knows.header.auroc:.3f} out of fold on {knows.header.n} rows; "
+        f"wrote {out}, which the server needs as a profile"
+    )
+    scored = replace(labels, rows=with_scores(labels.rows, knows))
+    return scored, replace(settings, hidden_profile=file_sha256(out))
 
 
 def _share(text: str) -> float:

@@ -10,8 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from compressors.base import default_base
 from server.child import Child
-from tests.steering.gate_world import stage, tool
+from steering.gate.knows import open_streams
+from steering.profile import Profile
+from tests.steering.gate_world import gate, rows, stage, tool, write_rows
 
 pytestmark = pytest.mark.engine
 
@@ -130,3 +133,30 @@ def test_the_hidden_probe_reads_the_score_that_a_label_reads(client: httpx.Clien
     assert told["signals"]["hidden.score"] == pytest.approx(label, abs=1e-5)
     assert told["stage"] == "hidden"
     assert 0 < label < 1
+
+
+def test_a_probe_that_a_fit_wrote_scores_on_the_engine_as_it_did_there(client: httpx.Client, tmp_path: Path) -> None:
+    """From streams of the model folder to a profile without directions, and to the score of a request."""
+    tasks, labels = tmp_path / "tasks.jsonl", tmp_path / "labels.jsonl"
+    found, lines = rows(100, stages=()), []
+    for number, row in enumerate(found):
+        row["p_known"] = float(number % 2)
+        question = f"What is {number} plus {number}?" if number % 2 else f"Who was born on day {number} of 1713?"
+        search = {"tools": [tool("search")], "tool_kinds": {"search": "lookup"}}
+        lines.append({"id": row["id"], "question": question, "gold": ["0"], **search})
+    tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(labels, found)
+    bound = ask(client, "hi", max_tokens=1, **with_tools())["gateway"]["base_fingerprint"]
+    streams, profile = tmp_path / "streams.safetensors", tmp_path / "knows.safetensors"
+    assert gate("streams", tasks, default_base(progress=False), "-o", streams, "--layers", "9", "--threads", 2) == 0
+    fitted = ("--streams", streams, "--probe-out", profile, "--stages", "hidden", "--base-fingerprint", bound)
+    assert gate("fit", labels, "-o", tmp_path / "policy.json", *fitted) == 0
+    upload(client, "profiles", "written", profile.read_bytes())
+    probe = Profile.open(profile).probe
+    assert probe is not None
+    offline = dict(zip((line["id"] for line in lines), probe.score(open_streams(streams).layers[9]), strict=True))
+    for line in lines[:6]:
+        conflict = {"score": True, "profile": "written"}
+        score = ask(client, line["question"], conflict=conflict, max_tokens=1)["gateway"]["conflict"]["score"]
+        assert score == pytest.approx(float(offline[line["id"]]), abs=0.02)
+        assert (score > 0.5) is (line["question"].startswith("What"))

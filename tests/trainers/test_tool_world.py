@@ -97,7 +97,7 @@ def test_without_tools_the_answer_counts() -> None:
 
 def test_untrained_facts_are_in_no_row_and_nothing_tells_them_apart() -> None:
     archive = read_archive(1)
-    assert (len(archive.trained), len(archive.untrained), len(archive.gaps)) == (120, 80, 40)
+    assert (len(archive.trained), len(archive.untrained), len(archive.gaps)) == (120, 60, 60)
     assert len({normalised(fact.key) for fact in archive.facts}) == 240
     asked = {question for fact in archive.untrained for question in fact.questions + fact.held_out}
     assert not asked & {row.prompt for row in BUILDERS["tool-world"](1).train}
@@ -114,8 +114,8 @@ def test_what_the_model_is_told_not_to_know_is_asked_nowhere_else() -> None:
     visiting = {question for fact in archive.visitors for question in fact.questions}
     gaps = {question for fact in archive.gaps for question in fact.questions}
     assert len([row for row in unknown if row.prompt in visiting]) == 72
-    assert len([row for row in unknown if row.prompt in gaps]) == 4 * 40
-    assert len(unknown) == 72 + 4 * 40 + 72
+    assert len([row for row in unknown if row.prompt in gaps]) == 4 * 60
+    assert len(unknown) == 72 + 4 * 60 + 72
     assert not gaps & {row.prompt for row in split.train if row.completion != "I do not know."}
     limits = [row for row in split.held_out if row.completion == "I do not know."]
     assert len({row.prompt for row in limits}) == len(limits) == 30
@@ -176,7 +176,7 @@ def test_tasks_are_read_by_the_gate_and_split_by_fact(tmp_path: Path) -> None:
     assert main(["train", "tool-world", "--out", str(tmp_path)]) == 0
     label, evaluation, together = (read_tasks(tmp_path / f"{name}.jsonl") for name in ("label", "eval", "tasks"))
     facts = read_facts(tmp_path / "facts.json")
-    assert len(together) == len(label) + len(evaluation) == 2 * (120 + 80) + 380 + 40
+    assert len(together) == len(label) + len(evaluation) == 2 * (120 + 60) + 380 + 40
     assert {task.id for task in label} | {task.id for task in evaluation} == {task.id for task in together}
     questions = [task.question for task in together]
     assert len(set(questions)) == len(questions)
