@@ -125,6 +125,7 @@ def test_a_text_that_would_not_end_is_refused_before_it_is_made(monkeypatch: pyt
 # What travels
 
 
+@pytest.mark.slow
 def test_two_tokens_added_to_a_real_tokenizer_take_a_kilobyte(tmp_path: Path):
     """Saved anew by transformers, which writes other files than the base has."""
     real = default_base(progress=False)
@@ -172,6 +173,7 @@ def test_a_tokenizer_that_says_the_same_does_not_travel(base: Path, tune: Callab
     assert manifest.tokenizer.eos_token_id == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_was_saved_anew_is_told_without_loading_it(tmp_path: Path):
     """transformers writes a post processor that does nothing, and another class; loading both takes as long as all matrices."""
     base = default_base()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from server.engine.worker.orphan import end_with_parent
 
 
@@ -21,6 +23,7 @@ def gateway(pipe) -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_killed_gateway_takes_its_engine_along():
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()

@@ -108,6 +108,7 @@ def test_ratios_are_ours_over_theirs() -> None:
     assert over[f"{OVER}: output"].ratio_to == WITHIN
 
 
+@pytest.mark.slow
 def test_the_cpu_time_is_of_the_whole_session_and_nothing_of_it_is_left(tmp_path: Path) -> None:
     burn = "import time; e = time.process_time() + 0.3\nwhile time.process_time() < e: pass\nprint('x', flush=True)"
     script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {burn!r}]); time.sleep(60)"

@@ -108,6 +108,7 @@ def test_a_folder_without_cases_is_named(tmp_path: Path) -> None:
         dict(read_cases(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as chat:
         url = f"{chat.url}/v1"

@@ -6,6 +6,7 @@ from compressors.errors import DeltaError
 from server.bench.report import used_by
 
 
+@pytest.mark.slow
 def test_a_process_is_charged_its_own_memory_and_time() -> None:
     ours = bytearray(400 << 20)  # of the parent, in whose memory a child is born
     small = used_by(["-c", "import time; time.sleep(0.3)"])

@@ -201,6 +201,7 @@ async def test_fifty_first_requests_are_one_read_one_measure_one_load(make: Any,
     await pool.close()
 
 
+@pytest.mark.slow
 async def test_r6_failed_load_is_remembered_for_its_time_and_no_longer(
     make: Any, engine: Loader, delta: Any, telemetry: Telemetry
 ) -> None:

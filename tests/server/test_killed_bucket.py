@@ -125,6 +125,7 @@ def run(zygote: subprocess.Popen[str], killer: Killer, operation: str, place: st
     return told[0] == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "changes"), [("publish", 2), ("move", 1), ("delete", 3)])
 def test_r12_on_a_bucket_killed_at_any_change(
     operation: str,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.server.conftest import ADMIN
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
+@pytest.mark.slow
 def test_every_check_of_schemathesis_holds(live: Any) -> None:
     for name in ("red", "blue"):
         query = {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}

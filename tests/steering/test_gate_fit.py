@@ -28,6 +28,7 @@ def fitted(data: Labels) -> Fitted:
     return fit(data, FitSettings(epsilon=0.03))
 
 
+@pytest.mark.slow
 def test_a_fit_suppresses_what_is_known_and_keeps_harm_small(fitted: Fitted, tmp_path: Path) -> None:
     assert fitted.point is not None
     assert fitted.point.harm_ucb <= 0.03
@@ -109,6 +110,7 @@ def test_too_few_or_too_harmful_rows_never_suppress(tmp_path: Path) -> None:
     assert fit(labels(tmp_path, lost), FitSettings()).effects.suppressed.value < 0.02
 
 
+@pytest.mark.slow
 def test_rows_of_live_logs_are_weighted_and_thinned(tmp_path: Path) -> None:
     """A third of the unknown questions was logged: weights bring alpha and the threshold's rows back."""
     everyone = rows(4000, 3)

@@ -10,6 +10,7 @@ from steering.gate.policy import read_policy
 from tests.steering.gate_world import gate, rows, write_rows
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write_rows(tmp_path / "train.jsonl", rows(1200))
     fresh = write_rows(tmp_path / "fresh.jsonl", rows(600, 5))

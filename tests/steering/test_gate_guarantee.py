@@ -19,6 +19,7 @@ from steering.toolgate import Decision, NeedProbe, advance, start
 from tests.steering.gate_world import asking, labels, policy, read_row, rows, stage
 
 
+@pytest.mark.slow
 @given(st.integers(0, 100_000), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
 def test_what_is_replayed_is_what_is_served(seed: int, tau: float, lo: float, hi: float, most: int) -> None:

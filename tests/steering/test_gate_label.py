@@ -115,6 +115,7 @@ def test_what_is_asked(chat: ChatServer, tmp_path: Path) -> None:
     assert last[2] == {"role": "tool", "tool_call_id": "call_1", "content": "66"}
 
 
+@pytest.mark.slow
 def test_labels_feed_a_fit(chat: ChatServer, tmp_path: Path) -> None:
     tasks = [task(f"q{i}", *((i % 9, 1) if i % 2 else (100 + i, 17))) for i in range(60)]
     assert label(chat, write(tmp_path / "tasks.jsonl", *tasks), tmp_path / "labels.jsonl", "--k", 1) == 0
@@ -144,6 +145,7 @@ def test_an_interrupted_run_goes_on(chat: ChatServer, tmp_path: Path, capsys: py
     assert len(chat.requests) == asked
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(chat: ChatServer, tmp_path: Path) -> None:
     tasks, out = write(tmp_path / "tasks.jsonl", *(task(f"q{i}", i, 20) for i in range(30))), tmp_path / "labels.jsonl"
     chat.fail = lambda index, body: time.sleep(0.01)

@@ -22,6 +22,7 @@ def label(port: int, folder: Path, wait_s: int) -> int:
     return gate("label", folder / "tasks.jsonl", "-o", folder / "labels.jsonl", "--k", 1, *where)
 
 
+@pytest.mark.slow
 def test_a_server_that_loads_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as chat:
         chat.fail = lambda index, body: (503, LOADING) if index <= 3 else None  # once to each task
@@ -30,6 +31,7 @@ def test_a_server_that_loads_is_waited_for(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.count(f"left: {chat.url}/v1/chat/completions: status 503: {LOADING}") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_listen_yet_is_waited_for() -> None:
     """It starts when it is told of, and is loading then."""
     chat = ChatServer()
@@ -64,6 +66,7 @@ def test_a_server_that_does_not_listen_yet_is_waited_for() -> None:
     assert said.startswith(f"waiting for the server to start, 60 s left: {other.url}/v1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loading", [True, False])
 def test_the_wait_ends(loading: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as chat:

@@ -21,6 +21,7 @@ CHECK_OF = {
 } | dict.fromkeys(("memory", "sums"), "known-answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("builder", sorted(BUILDERS))
 def test_data_is_deterministic_disjoint_and_passes_its_own_check(builder: str) -> None:
     split, again = BUILDERS[builder](1), BUILDERS[builder](1)
