@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from steering.gate.policy import Policy, ProbeSettings, Stage
-from steering.gate.signals import Probe
+from steering.gate.signals import Probe, scaled
 
 NEVER = math.inf
 
@@ -100,7 +100,7 @@ def raw_score(stage: Stage, features: Mapping[str, float]) -> float:
     """Of the logistic model, before calibration."""
     z = stage.logistic.bias
     for feature, weight in zip(stage.features, stage.logistic.weights, strict=True):
-        z += weight * (features[feature.name] - feature.mean) / feature.std
+        z += weight * (scaled(features[feature.name], feature.scale) - feature.mean) / feature.std
     return 0.0 if math.isnan(z) else sigmoid(z)  # infinities of both signs: nothing is known, so tools stay
 
 

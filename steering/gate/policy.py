@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from steering.errors import PolicyError
 from steering.gate.features import GATEABLE, GateableKind, Kind
 from steering.gate.schema import Strict, near, parse
-from steering.gate.signals import FEATURES, STAGES, Probe, StageName
+from steering.gate.signals import FEATURES, STAGES, Probe, Scale, StageName
 
 SuppressMode = Literal["drop_tools", "tool_choice_none", "answer_from_draft"]
 Mixed = Literal["narrow", "allow"]
@@ -53,9 +53,12 @@ class ToolRule(Strict):
 
 
 class Feature(Strict):
+    """`mean` and `std` are of the value on its `scale` (signals.py)."""
+
     name: str
     mean: float
     std: Annotated[float, Field(gt=0)]
+    scale: Scale = "linear"
 
 
 class Logistic(Strict):

@@ -37,6 +37,17 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "ptrue": ("ptrue.p_true",),
     "hidden": ("hidden.score",),
 }
+Scale = Literal["linear", "log", "-log", "logit"]
+# Where a model is sure these differ by factors: on a linear scale 0.9999 and 0.99 are one, and the wrong among the sure are lost.
+SCALES: dict[str, Scale] = {
+    "peek.p_call": "logit",
+    "draft.mean_logprob": "-log",
+    "draft.min_prob": "logit",
+    "draft.max_entropy": "log",
+    "ptrue.p_true": "logit",
+    "hidden.score": "logit",
+}
+_LEAST = 1e-6  # what is smaller counts as this
 _REFUSAL = re.compile(
     r"\b(i (?:do not|don't|cannot|can't|can not|am not able|'m not able|am unable|'m unable|do not have|don't have)|as an ai"
     r"|not sure|no information|unable to|real-time|i'm sorry|i am sorry|knowledge cut-?off|would need to)\b",
@@ -142,6 +153,20 @@ PROBE_OF: dict[type[Signal], Probe] = {
     PTrue: "ptrue",
     Hidden: "hidden",
 }
+
+
+def scaled(value: float, scale: Scale) -> float:
+    """A feature as a model weighs it: log of a number >= 0, -log of minus a number <= 0, or logit of a share. All of them rise."""
+    match scale:
+        case "log":
+            return math.log(max(value, _LEAST))
+        case "-log":
+            return -math.log(max(-value, _LEAST))
+        case "logit":
+            share = min(max(value, _LEAST), 1 - _LEAST)
+            return math.log(share / (1 - share))
+        case "linear":
+            return value
 
 
 def refused_for_good(text: str) -> bool:

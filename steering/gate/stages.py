@@ -14,7 +14,7 @@ from steering.gate.labels import LabelRow
 from steering.gate.models import centred, fit_isotonic, fit_logistic
 from steering.gate.policy import Feature, Isotonic, Stage
 from steering.gate.replay import Columns
-from steering.gate.signals import FEATURES, Probe, StageName
+from steering.gate.signals import FEATURES, SCALES, Probe, StageName, scaled
 
 BY_COST: tuple[Probe, ...] = ("peek", "hidden", "draft", "ptrue", "samples")
 LEAST = 10  # rows of each class that reach a stage after the first, so that it can be calibrated
@@ -115,7 +115,13 @@ def _uncalibrated(
 ) -> Stage:
     """Features that are the same in all rows are left out."""
     columns = Columns.of(rows, r)
-    x = np.array([[values[feature] for feature in features] for values in map(values_of, rows)])
+    scales = [SCALES.get(feature, "linear") for feature in features]
+    x = np.array(
+        [
+            [scaled(values[feature], scale) for feature, scale in zip(features, scales, strict=True)]
+            for values in map(values_of, rows)
+        ]
+    )
     mean = np.average(x, axis=0, weights=columns.w)
     std = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=columns.w))
     varying = np.flatnonzero(std > 1e-9)
@@ -125,6 +131,6 @@ def _uncalibrated(
         model = fit_logistic((x[:, varying] - mean[varying]) / std[varying], columns.y, columns.w, l2)
     except FitError as error:
         raise FitError(f"stage {name}, {len(rows)} rows to fit on: {error}") from error
-    chosen = tuple(Feature(name=features[i], mean=float(mean[i]), std=float(std[i])) for i in varying)
+    chosen = tuple(Feature(name=features[i], mean=float(mean[i]), std=float(std[i]), scale=scales[i]) for i in varying)
     identity = Isotonic(x=(0.0, 1.0), y=(0.0, 1.0))
     return Stage(name=name, features=chosen, logistic=model, isotonic=identity, lo=band[0], hi=band[1])

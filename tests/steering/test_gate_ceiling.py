@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from steering.gate.cascade import score_of
 from steering.gate.ceiling import ceiling
 from steering.gate.policy import Policy
-from steering.gate.signals import FEATURES, Draft
+from steering.gate.signals import FEATURES, SCALES, Draft
 from steering.toolgate import Decision, NeedProbe, advance, start
 from tests.steering.gate_world import asking, policy, stage
 
@@ -21,9 +21,11 @@ WORDS = st.sampled_from(["I", " do not", " know", ".", " don't", "t", " 42", " n
 TOKEN = st.tuples(WORDS, st.floats(-12, 0), st.lists(st.floats(-12, -0.7), max_size=4))
 
 
-def weighed(weights: tuple[float, ...], bias: float, tau: float, **changes: Any) -> Policy:
-    """One stage of all features of a draft."""
-    features = [{"name": name, "mean": 0.5, "std": 2.0} for name in FEATURES["draft"]]
+def weighed(weights: tuple[float, ...], bias: float, tau: float, scaled: bool = False, **changes: Any) -> Policy:
+    """One stage of all features of a draft, as they are or on the scales that a fit gives them."""
+    scales = [SCALES.get(name, "linear") if scaled else "linear" for name in FEATURES["draft"]]
+    names = zip(FEATURES["draft"], scales, strict=True)
+    features = [{"name": name, "mean": 0.5, "std": 2.0, "scale": scale} for name, scale in names]
     one = {**stage("draft", lo=min(0.1, tau), hi=max(0.9, tau)), "features": features}
     one["logistic"] = {"weights": list(weights), "bias": bias}
     probes = {"order": ["draft"], "max_tokens": MOST, "timeout_ms": 1000}
@@ -55,11 +57,12 @@ def decided(need: NeedProbe, draft: Draft) -> Decision:
     st.floats(-3, 3),
     st.floats(0.05, 0.95),
     st.lists(TOKEN, min_size=1, max_size=MOST),
+    st.booleans(),
 )
 def test_a_stopped_draft_decides_as_the_whole_one(
-    weights: tuple[float, ...], bias: float, tau: float, tokens: list[tuple[str, float, list[float]]]
+    weights: tuple[float, ...], bias: float, tau: float, tokens: list[tuple[str, float, list[float]]], scaled: bool
 ) -> None:
-    made = weighed(weights, bias, tau)
+    made = weighed(weights, bias, tau, scaled)
     need, whole = need_of(made), begun(tokens, len(tokens))
     score = score_of(made.stages[0], whole.features())
     for count in range(1, len(tokens)):

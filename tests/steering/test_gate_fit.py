@@ -37,10 +37,9 @@ def test_a_fit_suppresses_what_is_known_and_keeps_harm_small(fitted: Fitted, tmp
     assert found.after.overuse.value < 0.7 * found.before.overuse.value
     assert found.after.call_rate.value < found.before.call_rate.value
     assert found.before.overuse.value == pytest.approx(found.alpha.value * found.before.beta.value)  # type: ignore[union-attr]
-    assert [one.name for one in fitted.policy.stages] == ["static", "draft", "ptrue"]
-    assert any("stage samples is left out: fewer than 10" in one for one in fitted.warnings)  # few are left to decide
-    assert (fitted.policy.probes.order, fitted.policy.probes.max_tokens) == (("draft", "ptrue"), 8)
-    assert fitted.policy.probes.max_probe_tokens == 8 + 1
+    assert [one.name for one in fitted.policy.stages] == ["static", "draft", "ptrue", "samples"]
+    assert (fitted.policy.probes.order, fitted.policy.probes.max_tokens) == (("draft", "ptrue", "samples"), 8)
+    assert fitted.policy.probes.max_probe_tokens == 8 + 1 + 5 * 8
     static, draft = fitted.quality["static"], fitted.quality["draft"]
     assert static is not None
     assert draft is not None
@@ -52,6 +51,13 @@ def test_a_fit_suppresses_what_is_known_and_keeps_harm_small(fitted: Fitted, tmp
     fresh = judge(fitted.policy, labels(tmp_path, rows(3000, 9, ("draft", "samples", "ptrue"))), 0.75, 0.1)
     assert fresh.effects.harm.value < 0.035
     assert fresh.effects.suppressed.value > 0.1
+
+
+def test_a_stage_that_few_rows_reach_is_left_out(data: Labels) -> None:
+    fitted = fit(data, FitSettings(epsilon=0.03, band=(0.3, 0.7)))
+    assert [one.name for one in fitted.policy.stages] == ["static", "draft", "ptrue"]
+    assert any("stage samples is left out: fewer than 10" in one for one in fitted.warnings)
+    assert (fitted.policy.probes.order, fitted.policy.probes.max_probe_tokens) == (("draft", "ptrue"), 8 + 1)
 
 
 def test_a_fit_is_a_function_of_rows_and_seed(data: Labels, fitted: Fitted) -> None:
