@@ -176,9 +176,11 @@ def with_scores(rows: Sequence[LabelRow], knows: Knows) -> tuple[LabelRow, ...]:
 
 
 def _prompt(task: Task, tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError  # came with transformers
+
     try:
         text = tokenizer.apply_chat_template(task.dialogue, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and refuses a dialogue in its own way
+    except (TemplateError, TypeError) as error:  # it is a program, and refuses a dialogue in its own way
         raise LabelError(f"task {task.id!r}: the chat template refuses its messages: {error}") from error
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return found

@@ -14,6 +14,8 @@ from server.artifacts.bucket import Bucket
 from server.artifacts.store import Store
 from tests.server.s3_server import BUCKET, S3Server, running_s3
 
+pytestmark = pytest.mark.slow  # waits, processes and servers of its own
+
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
@@ -70,7 +72,6 @@ def test_a_bucket_that_is_not_there_is_a_clear_error(s3: S3Server, place: Bucket
         Bucket("s3://nowhere/x", tmp_path / "cache", s3.url).open()
 
 
-@pytest.mark.slow
 def test_a_change_whose_answer_was_lost_is_ours(s3: S3Server, place: Bucket) -> None:
     """The client sends it again and is told that the condition fails: by what it has itself written."""
     lost: list[str] = []

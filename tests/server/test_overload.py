@@ -17,6 +17,8 @@ from server.config import Settings
 from server.errors import describe
 from server.guard import guarded
 
+pytestmark = pytest.mark.slow  # waits, processes and servers of its own
+
 CHAT = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}]}
 API = {"authorization": "Bearer user-key"}
 

@@ -17,6 +17,8 @@ from server.cli import main
 from server.config import ServerSettings
 from server.serve import _listening
 
+pytestmark = pytest.mark.slow  # waits, processes and servers of its own
+
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Callable[..., int]:
@@ -204,7 +206,6 @@ def until(url: str, status: int) -> dict[str, str]:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["load"], indirect=True)
 def test_r11_up_while_loading_then_ready_then_drained(process: subprocess.Popen[str], tmp_path: Path) -> None:
     """After SIGTERM: not ready and 503 at once, while the running stream ends as it would have; then exit 0."""
@@ -235,7 +236,6 @@ def test_r11_up_while_loading_then_ready_then_drained(process: subprocess.Popen[
     assert [record["status"] for record in records if record.get("route") == "/v1/completions"] == [503, 200]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["load"], indirect=True)
 def test_r11_what_runs_on_past_the_time_is_cut_with_a_second_signal(
     process: subprocess.Popen[str], tmp_path: Path
@@ -271,7 +271,6 @@ def test_s4_admin_plane_on_its_own_port(process: subprocess.Popen[str], tmp_path
     assert httpx.get(f"{admin}/v1/models").json()["error"]["code"] == "route_not_found"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["keys"], indirect=True)
 def test_keys_are_read_again_on_sighup(process: subprocess.Popen[str], tmp_path: Path) -> None:
     url = first_url(process)
@@ -298,7 +297,6 @@ def test_keys_are_read_again_on_sighup(process: subprocess.Popen[str], tmp_path:
     assert process.wait(10) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["load"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_loading_stops_the_engine_too(
@@ -312,7 +310,6 @@ def test_signal_while_loading_stops_the_engine_too(
     assert (process.returncode, out) == (0, "engine stopped\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("process", ["fail"], indirect=True)
 def test_engine_that_cannot_start_ends_the_server(process: subprocess.Popen[str]) -> None:
     first_url(process)

@@ -18,7 +18,7 @@ from server.config import Settings
 from tests.server.conftest import ADMIN, ByteTokenizer, FakeEngine, House
 from tests.server.s3_server import BUCKET, S3Server, running_s3
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 DELTAS = "/v1/admin/deltas"
 OpenStore = Callable[[], Store]
@@ -160,7 +160,6 @@ async def _steers(server: Server, body: dict[str, Any]) -> bool:
     return (await server.http.post("/v1/completions", json=body)).status_code == 200
 
 
-@pytest.mark.slow
 async def test_r17_of_racing_admins_one_wins_and_the_others_change_nothing(servers: tuple[Server, Server]) -> None:
     digests = [(await servers[0].upload("red", bytes([65 + n]) * 9)).json()["digest"] for n in range(6)]
     generation = 6
@@ -186,7 +185,6 @@ async def _points(server: Server, digest: str, generation: int) -> bool:
     return (card["digest"], card["generation"]) == (digest, generation)
 
 
-@pytest.mark.slow
 async def test_uploads_of_one_name_through_both_servers_are_all_there(servers: tuple[Server, Server]) -> None:
     contents = [f"version {n}".encode() for n in range(12)]
 
@@ -206,7 +204,6 @@ async def _has(server: Server, digests: list[str]) -> bool:
     return sorted(version["digest"] for version in (await server.card("red"))["versions"]) == digests
 
 
-@pytest.mark.slow
 async def test_no_name_ever_lacks_its_bytes_while_servers_upload_and_delete(
     servers: tuple[Server, Server], open_store: OpenStore
 ) -> None:

@@ -103,7 +103,7 @@ def test_untrained_facts_are_in_no_row_and_nothing_tells_them_apart() -> None:
     assert not asked & {row.prompt for row in BUILDERS["tool-world"](1).train}
     attributes = Counter(fact.attribute for fact in archive.untrained)
     assert set(attributes) == {"keeper", "room", "town", "emblem", "guild", "codeword"}
-    assert min(attributes.values()) >= 8
+    assert min(attributes.values()) >= 5
     assert read_archive(2).trained != archive.trained
 
 
