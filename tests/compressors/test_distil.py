@@ -45,6 +45,7 @@ def test_the_loss_is_that_of_the_logits():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_row", [False, True])
 def test_the_model_comes_closer_to_its_fine_tune(language_pair, calibration, tmp_path, per_row):
     _, base, tuned = language_pair

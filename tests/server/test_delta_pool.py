@@ -263,6 +263,7 @@ async def test_pins_leave_room_for_one_more(make: Any, engine: Loader, delta: An
         engine.resident.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_random_schedules_never_drop_a_leased_delta(seed: int, tmp_path: Path) -> None:
     """Random sizes, holds, cancellations, unloads and pins: leases hold, budgets hold, nothing is left behind."""

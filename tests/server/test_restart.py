@@ -11,7 +11,7 @@ import pytest
 
 from server.engine.base import EngineError
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 CHAT = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}]}
 RESTART = {"max_restarts": 3, "backoff_s": 0.02, "reset_s": 60, "stall_s": 0.4}
@@ -198,7 +198,6 @@ async def test_readiness_is_red_from_the_stall_on_whatever_the_kill_does(client:
     await until(lambda: house.gateway.state == "ready")
 
 
-@pytest.mark.slow
 async def test_what_is_slow_or_idle_or_was_suspended_has_not_stalled(client: httpx.AsyncClient, house: Any) -> None:
     await asyncio.sleep(0.5)  # nothing is owed
     house.engine.step_s, house.engine.words = 0.1, (" a",) * 6

@@ -90,6 +90,7 @@ def test_r14_two_lengths_are_no_way_in(live: Any) -> None:
     assert live.house.context.registry.refs() == [] or live.house.store.objects() == [sha256(CONTENT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
