@@ -61,10 +61,13 @@ def _run(args: argparse.Namespace) -> int:
     from steering.activations import load_model, load_tokenizer
     from steering.answers import Answerer
     from steering.collected import Collected
+    from steering.errors import SteeringError
     from steering.evaluate import measure, table
     from steering.profile import Profile
 
     profile, collected = Profile.open(args.profile), Collected.open(args.collected)
+    if not profile.header.directions:
+        raise SteeringError(f"{args.profile} holds a probe alone: there is no direction to steer in")
     trial = _trial(args, collected)
     model = load_model(args.model, args.threads)
     _check_width(profile, model)

@@ -28,7 +28,7 @@ from steering.gate.tasks import Task
 from steering.header import ProbeHeader, ProfileHeader
 from steering.profile import write_profile
 
-PENALTIES = (0.03, 0.3, 3.0)  # per row
+PENALTIES = (0.03, 0.3, 3.0)  # per row; layers are compared at the middle one
 _FOLDS = 5
 _PER_CLASS = 2 * _FOLDS
 _BATCH = 16
@@ -103,7 +103,7 @@ def open_streams(path: Path) -> Streams:
 def fit_knows(
     rows: Sequence[LabelRow], fitting: Sequence[LabelRow], streams: Streams, r: float, seed: int = 0
 ) -> Knows:
-    """The layer and the penalty of least out-of-fold loss on `fitting`; then all of `fitting` fits it, and `rows` are scored.
+    """The layer of least out-of-fold loss on `fitting`, and then the penalty; all of `fitting` fits it, and `rows` are scored.
 
     Raises FitError for too few rows of a class.
     """
@@ -115,19 +115,15 @@ def fit_knows(
         )
     target = torch.tensor([row.p_known for row in fitting], dtype=torch.float64)
     fold = _folds(len(fitting), seed)
-    best: tuple[float, int, float, torch.Tensor] | None = None
-    for layer in tqdm(streams.layers, desc="fitting the probe", unit="layer"):
-        h = streams.of(fitting, layer)
-        for penalty in PENALTIES:
-            scores = torch.empty(len(fitting))
-            for number in range(_FOLDS):
-                inside = fold == number
-                scores[inside] = logistic_probe(h[~inside], target[~inside], penalty, layer).score(h[inside])
-            loss = float(torch.nn.functional.binary_cross_entropy(scores.double().clamp(1e-6, 1 - 1e-6), target))
-            if best is None or loss < best[0]:
-                best = loss, layer, penalty, scores
-    assert best is not None  # streams have a layer
-    _, layer, penalty, scores = best
+    trials = [(one, PENALTIES[1]) for one in streams.layers]
+    found: dict[tuple[int, float], tuple[float, torch.Tensor]] = {}
+    for one in tqdm(trials, desc="fitting the probe", unit="layer"):
+        found[one] = _out_of_fold(streams.of(fitting, one[0]), target, fold, one)
+    layer, _ = min(found, key=lambda one: found[one][0])
+    for one in ((layer, penalty) for penalty in PENALTIES):
+        found.setdefault(one, _out_of_fold(streams.of(fitting, layer), target, fold, one))
+    layer, penalty = min(found, key=lambda one: found[one][0])
+    scores = found[layer, penalty][1]
     probe = logistic_probe(streams.of(fitting, layer), target, penalty, layer)
     of_all = dict(zip([row.id for row in rows], probe.score(streams.of(rows, layer)).tolist(), strict=True))
     of_all |= dict(zip([row.id for row in fitting], scores.tolist(), strict=True))
@@ -194,6 +190,19 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     for places in by_length.values():
         for first in range(0, len(places), _BATCH):
             yield places[first : first + _BATCH]
+
+
+def _out_of_fold(
+    h: torch.Tensor, target: torch.Tensor, fold: torch.Tensor, trial: tuple[int, float]
+) -> tuple[float, torch.Tensor]:
+    """Loss and scores [N] of a trial (layer, penalty), each row scored by a probe that was fitted without its fold."""
+    layer, penalty = trial
+    scores = torch.empty(len(h))
+    for number in range(_FOLDS):
+        inside = fold == number
+        scores[inside] = logistic_probe(h[~inside], target[~inside], penalty, layer).score(h[inside])
+    loss = torch.nn.functional.binary_cross_entropy(scores.double().clamp(1e-6, 1 - 1e-6), target)
+    return float(loss), scores
 
 
 def _folds(rows: int, seed: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The probe of the stage `hidden`: streams of a real forward, a fit judged out of fold, a profile without directions."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from steering.activations import load_tokenizer
 from steering.errors import FitError, LabelError
-from steering.gate.knows import Streams, file_sha256, fit_knows, open_streams, record, with_scores, write_streams
+from steering.eval_cli import add_parser
+from steering.gate.fit import Identity, binding
+from steering.gate.knows import (
+    Streams,
+    file_sha256,
+    fit_knows,
+    open_streams,
+    record,
+    with_scores,
+    write_knows,
+    write_streams,
+)
 from steering.gate.labels import LabelRow
 from steering.gate.policy import read_policy
 from steering.gate.schema import parse
@@ -21,7 +33,7 @@ from steering.gate.tasks import Task
 from steering.header import ProfileHeader
 from steering.profile import Profile, check_profile
 from tests.steering.gate_world import gate, read_row, rows, tool, write_rows
-from tests.steering.small_world import LAYERS, WIDTH, world
+from tests.steering.small_world import LAYERS, WIDTH, collected, world
 
 TEMPLATE = "{% for m in messages %}question: {{ m.content }}\n{% endfor %}answer:"
 
@@ -157,6 +169,21 @@ def test_mistakes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(LabelError, match="has no chat template"):
         record(tasks(1), tmp_path / "bare", None)
+
+
+def test_a_probe_alone_steers_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "knows.safetensors"
+    found = label_rows(100)
+    write_knows(fit_knows(found, found, streams_of(found), 0.75), binding(found, Identity()), path)
+    root = tmp_path / "root"
+    root.mkdir()
+    collected(root)
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(required=True))
+    asked = ["eval", str(path), "--collected", str(root / "collected"), "--model", str(world(root)[0])]
+    args = parser.parse_args(asked)
+    assert args.run(args) == 1
+    assert "holds a probe alone" in capsys.readouterr().err
 
 
 def test_a_profile_steers_or_reads() -> None:
