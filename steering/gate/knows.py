@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ _FOLDS = 5
 _PER_CLASS = 2 * _FOLDS
 _BATCH = 16
 _IDS = "deltaworks.task_ids"
+_SAVE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,42 @@ class Knows:
     scores: Mapping[str, float]
 
 
-def record(tasks: Sequence[Task], folder: Path, layers: Sequence[int] | None, threads: int | None = None) -> Streams:
-    """Streams of a model folder at the tasks' questions without tools; `layers` None: all. Raises SteeringError."""
+def record(
+    tasks: Sequence[Task],
+    folder: Path,
+    layers: Sequence[int] | None,
+    threads: int | None = None,
+    part: Path | None = None,
+) -> Streams:
+    """Streams of a model folder at the tasks' questions without tools; `layers` None: all. Raises SteeringError.
+
+    What was read is kept in the file `part` now and then, and where it ends early; the next call goes on from there.
+    """
     model, tokenizer = load_model(folder, threads), load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise LabelError(f"{folder} has no chat template, so a question is no prompt to it")
     wanted = list(range(len(decoder_layers(model)))) if layers is None else sorted(set(layers))
     prompts = [_prompt(task, tokenizer) for task in tasks]
-    found: dict[int, torch.Tensor] = {}
-    with tqdm(total=len(tasks), desc="reading streams", unit="question") as bar:
-        for batch in _batches(prompts):
-            streams = read_streams(model, torch.tensor([prompts[row] for row in batch]), wanted)
-            for number, row in enumerate(batch):
-                found[row] = torch.stack([streams[layer][number, -1] for layer in wanted])
-            bar.update(len(batch))
-    stacked = torch.stack([found[row] for row in range(len(tasks))])
+    names = [_name_of(prompt) for prompt in prompts]
+    about = {"model": _identity(folder), "layers": json.dumps(wanted)}
+    found = {} if part is None else _read_part(part, about)
+    left = [place for place, name in enumerate(names) if name not in found]
+    saved = time.monotonic()
+    with tqdm(total=len(tasks), initial=len(tasks) - len(left), desc="reading streams", unit="question") as bar:
+        try:
+            for batch in _batches({place: prompts[place] for place in left}):
+                streams = read_streams(model, torch.tensor([prompts[place] for place in batch]), wanted)
+                for number, place in enumerate(batch):
+                    found[names[place]] = torch.stack([streams[layer][number, -1] for layer in wanted])
+                bar.update(len(batch))
+                if part is not None and time.monotonic() - saved > _SAVE_EVERY_S:
+                    _write_part(part, found, about)
+                    saved = time.monotonic()
+        except BaseException:
+            if part is not None and found:
+                _write_part(part, found, about)
+            raise
+    stacked = torch.stack([found[name] for name in names])
     return Streams(tuple(task.id for task in tasks), {layer: stacked[:, place] for place, layer in enumerate(wanted)})
 
 
@@ -182,14 +205,41 @@ def _prompt(task: Task, tokenizer: Any) -> list[int]:
     return found
 
 
-def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def _batches(prompts: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
     """Places of prompts of the same length, which need no padding."""
     by_length: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
+    for place, prompt in prompts.items():
         by_length.setdefault(len(prompt), []).append(place)
     for places in by_length.values():
         for first in range(0, len(places), _BATCH):
             yield places[first : first + _BATCH]
+
+
+def _name_of(prompt: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
+
+
+def _identity(folder: Path) -> str:
+    """A model folder as it is now: another fine-tune written to its place is another model."""
+    weights = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(folder.glob("*.safetensors"))]
+    return json.dumps([str(folder.resolve()), weights])
+
+
+def _write_part(path: Path, found: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: rows.contiguous() for name, rows in found.items()}, temporary, metadata=dict(about))
+    temporary.replace(path)
+
+
+def _read_part(path: Path, about: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Streams [layers, d] by prompt; none where the file is not there, damaged, or of another model or other layers."""
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != about:
+                return {}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _out_of_fold(

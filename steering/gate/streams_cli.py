@@ -10,6 +10,7 @@ from steering.options import integers, reporting
 _EXAMPLE = """example, for a policy with the stage `hidden`:
   deltaworks gate streams tasks.jsonl runs/tune/model -o streams.safetensors
   deltaworks gate fit labels.jsonl -o policy.json --streams streams.safetensors --probe-out knows.safetensors
+An interrupted run goes on with the same command.
 The server reads the probe from the profile knows.safetensors: upload it before the policy.
 A delta whose fine-tune is not at hand becomes a model folder by `deltaworks delta decompress`."""
 
@@ -33,7 +34,9 @@ def _run(args: argparse.Namespace) -> int:
     from steering.gate.knows import record, write_streams
     from steering.gate.tasks import read_tasks
 
-    streams = record(read_tasks(args.tasks), args.model, args.layers, args.threads)
+    part = args.out.with_name(args.out.name + ".part")
+    streams = record(read_tasks(args.tasks), args.model, args.layers, args.threads, part)
     write_streams(streams, args.out)
+    part.unlink(missing_ok=True)
     print(f"wrote {args.out}: {len(streams.ids)} questions, layers {min(streams.layers)} to {max(streams.layers)}")
     return 0

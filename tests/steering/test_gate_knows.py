@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from steering.activations import load_tokenizer
 from steering.errors import FitError, LabelError
 from steering.eval_cli import add_parser
+from steering.gate import knows
 from steering.gate.fit import Identity, binding
 from steering.gate.knows import (
     Streams,
@@ -87,19 +88,50 @@ def test_streams_are_those_behind_the_last_token_of_the_prompt(model: Path, tmp_
     assert list(record(asked, model, (1,)).layers) == [1]
 
 
+def test_what_was_read_before_an_interruption_is_not_read_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, part, read = tasks(12), tmp_path / "s.part", knows.read_streams
+    whole, batches = record(asked, model, None), []
+
+    def until_the_third(model: Any, ids: torch.Tensor, layers: list[int]) -> dict[int, torch.Tensor]:
+        batches.append(len(ids))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return read(model, ids, layers)
+
+    monkeypatch.setattr(knows, "read_streams", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        record(asked, model, None, part=part)
+    batches.clear()
+    monkeypatch.setattr(knows, "read_streams", lambda *a: (batches.append(len(a[1])), read(*a))[1])
+    found = record(asked, model, None, part=part)
+    assert batches == [4]  # the three lengths have four questions each
+    assert found.ids == whole.ids
+    for layer, rows_of_layer in whole.layers.items():
+        torch.testing.assert_close(found.layers[layer], rows_of_layer)
+    batches.clear()
+    record(asked, model, (1,), part=part)  # other layers: nothing of it serves
+    assert sum(batches) == 12
+    batches.clear()
+    part.write_bytes(b"damaged")
+    record(asked, model, None, part=part)
+    assert sum(batches) == 12
+
+
 def test_the_layer_that_tells_is_found_and_noise_is_called_noise() -> None:
     found = label_rows(400)
     fitting = found[:200]
-    knows = fit_knows(found, fitting, streams_of(found), r=0.75)
-    assert knows.header.layer == 1
-    assert knows.header.auroc > 0.9
-    assert knows.header.n == 200
-    fresh = torch.tensor([[knows.scores[row.id], row.p_known] for row in found[200:]])
+    told = fit_knows(found, fitting, streams_of(found), r=0.75)
+    assert told.header.layer == 1
+    assert told.header.auroc > 0.9
+    assert told.header.n == 200
+    fresh = torch.tensor([[told.scores[row.id], row.p_known] for row in found[200:]])
     assert float(torch.corrcoef(fresh.T)[0, 1]) > 0.8
     noise = fit_knows(found, fitting, streams_of(found, told=None), r=0.75)
     assert 0.3 < noise.header.auroc < 0.7  # of 64 values and 200 rows: in the fold it would be far higher
-    told = torch.tensor([[noise.scores[row.id], row.p_known] for row in fitting])
-    assert float(torch.corrcoef(told.T)[0, 1]) < 0.4
+    inside = torch.tensor([[noise.scores[row.id], row.p_known] for row in fitting])
+    assert float(torch.corrcoef(inside.T)[0, 1]) < 0.4
 
 
 def test_rows_that_are_judged_have_no_part_in_the_probe() -> None:
