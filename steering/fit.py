@@ -21,7 +21,7 @@ from steering.conflict import FittedProbe, fit_probe
 from steering.edits import Direction
 from steering.errors import FitError, SAEMismatchError, SteeringError
 from steering.formats import load_sae
-from steering.header import DirectionHeader, LayerHeader, ProbeHeader, ProfileHeader, Scalar
+from steering.header import DirectionHeader, LayerHeader, ProbeHeader, ProfileHeader, Scalar, file_sha256
 from steering.latents import LatentRows
 from steering.profile import LayerSelection, write_profile
 from steering.prompts import template_sha256
@@ -186,8 +186,7 @@ def probe_of(collected: Collected, layer: int) -> FittedProbe:
 def sae_sha256(path: Path) -> str:
     """Names an SAE in a profile: sha256 of its file, or of the names and sha256 of its folder's files."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     lines = [
         f"{one.name} {sae_sha256(one)}"
         for one in sorted(path.iterdir())

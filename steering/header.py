@@ -5,6 +5,7 @@ Both are safetensors files whose metadata holds one JSON object; nothing in them
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,12 @@ class SAEHeader(_Header):
     base_fingerprint: str | None = None
     d_in: Annotated[int, Field(gt=0)]
     d_sae: Annotated[int, Field(gt=0)]
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal: how a store names the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_header(path: Path) -> ProfileHeader:

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int GROUP = 128;  // columns whose products with x are kept until they are added
-constexpr int BLOCK = 8;    // columns that are added together: a sum is read and written once for all of them
+constexpr int BLOCK = 8;    // columns that are added, or multiplied with few rows, together
 constexpr int STRIP = 512;  // positions whose sums are worked on at a time: eight rows of them lie in the first cache
 
 // Chunk i of a column, W positions; MASK columns are walked in order.
@@ -274,7 +274,8 @@ DW_APART void spread_chunks(const dw_column* c, const int* columns, int count, c
         int i = 0;
         for (; i + BLOCK <= count; i += BLOCK)
             spread_block<T, BLOCK, DENSE, Value>(c, columns + i, side, values + i, first, last, stride, z, acc);
-        for (; i + 4 <= count; i += 4) spread_block<T, 4, DENSE, Value>(c, columns + i, side, values + i, first, last, stride, z, acc);
+        for (; i + BLOCK / 2 <= count; i += BLOCK / 2)
+            spread_block<T, BLOCK / 2, DENSE, Value>(c, columns + i, side, values + i, first, last, stride, z, acc);
         for (; i < count; ++i) spread_block<T, 1, DENSE, Value>(c, columns + i, side, values + i, first, last, stride, z, acc);
     }
 }

@@ -90,12 +90,17 @@ class Fitted:
     warnings: tuple[str, ...]
 
 
+def parted(labels: Labels, settings: FitSettings) -> tuple[list[LabelRow], Splits]:
+    """The rows that a fit is made of, and its splits of them. Raises FitError."""
+    rows = acted_on(labels.rows, settings.mixed)
+    return rows, Splits.of(rows, settings.shares, settings.seed)
+
+
 def fit(labels: Labels, settings: FitSettings, identity: Identity | None = None) -> Fitted:
     """Raises FitError, LabelError."""
-    rows = acted_on(labels.rows, settings.mixed)
+    rows, splits = parted(labels, settings)
     asked = same_settings(rows) or ProbeSettings()
     wanted = Plan.of(rows, settings.stages)
-    splits = Splits.of(rows, settings.shares, settings.seed)
     stages = fit_stages(splits, wanted, settings.r, settings.l2, settings.band)
     plan = wanted.ending_at(stages[-1].name)
     most = settings.max_probe_tokens

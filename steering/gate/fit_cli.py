@@ -140,13 +140,11 @@ def _with_probe(
     labels: Labels, settings: FitSettings, identity: Identity, streams: Path, out: Path
 ) -> tuple[Labels, FitSettings]:
     """The labels with the scores of a probe that is fitted and written now, and the settings that name it."""
-    from steering.gate.fit import binding
-    from steering.gate.knows import file_sha256, fit_knows, open_streams, with_scores, write_knows
-    from steering.gate.replay import acted_on
-    from steering.gate.stages import Splits
+    from steering.gate.fit import binding, parted
+    from steering.gate.knows import fit_knows, open_streams, with_scores, write_knows
+    from steering.header import file_sha256
 
-    rows = acted_on(labels.rows, settings.mixed)
-    splits = Splits.of(rows, settings.shares, settings.seed)
+    rows, splits = parted(labels, settings)
     knows = fit_knows(rows, splits.fit, open_streams(streams), settings.r, settings.seed)
     write_knows(knows, binding(rows, identity), out)
     print(

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from steering.activations import decoder_layers, load_model, load_tokenizer, read_streams
+from steering.collected import write_states
 from steering.conflict import Probe, auroc, best_threshold, logistic_probe
 from steering.errors import FitError, LabelError
 from steering.gate.labels import LabelRow
@@ -29,11 +29,12 @@ from steering.gate.tasks import Task
 from steering.header import ProbeHeader, ProfileHeader
 from steering.profile import write_profile
 
-PENALTIES = (0.03, 0.3, 3.0)  # per row; layers are compared at the middle one
+PENALTIES = (0.3, 0.03, 3.0)  # per row; layers are compared at the first one
 _FOLDS = 5
 _PER_CLASS = 2 * _FOLDS
 _BATCH = 16
-_IDS = "deltaworks.task_ids"
+_IDS = "task_ids"
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError)
 _SAVE_EVERY_S = 30.0
 
 
@@ -63,6 +64,16 @@ class Knows:
     scores: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """`scores` [N]: of every row by a probe that was fitted without its fold; their mean log-loss."""
+
+    layer: int
+    penalty: float
+    loss: float
+    scores: torch.Tensor
+
+
 def record(
     tasks: Sequence[Task],
     folder: Path,
@@ -80,7 +91,7 @@ def record(
     wanted = list(range(len(decoder_layers(model)))) if layers is None else sorted(set(layers))
     prompts = [_prompt(task, tokenizer) for task in tasks]
     names = [_name_of(prompt) for prompt in prompts]
-    about = {"model": _identity(folder), "layers": json.dumps(wanted)}
+    about = {"model": _identity(folder), "layers": wanted}
     found = {} if part is None else _read_part(part, about)
     left = [place for place, name in enumerate(names) if name not in found]
     saved = time.monotonic()
@@ -92,33 +103,30 @@ def record(
                     found[names[place]] = torch.stack([streams[layer][number, -1] for layer in wanted])
                 bar.update(len(batch))
                 if part is not None and time.monotonic() - saved > _SAVE_EVERY_S:
-                    _write_part(part, found, about)
+                    write_states(part, found, about)
                     saved = time.monotonic()
-        except BaseException:
-            if part is not None and found:
-                _write_part(part, found, about)
-            raise
+        finally:
+            if part is not None:
+                write_states(part, found, about)
     stacked = torch.stack([found[name] for name in names])
     return Streams(tuple(task.id for task in tasks), {layer: stacked[:, place] for place, layer in enumerate(wanted)})
 
 
 def write_streams(streams: Streams, path: Path) -> None:
     """One safetensors file, replaced as a whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {f"layers.{layer}": rows.contiguous() for layer, rows in streams.layers.items()}
-    save_file(tensors, temporary, metadata={_IDS: json.dumps(streams.ids)})
-    temporary.replace(path)
+    tensors = {f"layers.{layer}": rows for layer, rows in streams.layers.items()}
+    write_states(path, tensors, {_IDS: streams.ids})
 
 
 def open_streams(path: Path) -> Streams:
     """Raises FitError for another file."""
     try:
-        with safe_open(path, "pt") as file:
-            ids = tuple(json.loads((file.metadata() or {})[_IDS]))
-            layers = {int(name.removeprefix("layers.")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        tensors, rows = _read(path)
+        ids = tuple(rows[_IDS])
+        layers = {int(name.removeprefix("layers.")): states for name, states in tensors.items()}
+    except _UNREADABLE as error:
         raise FitError(f"{path} holds no streams of `deltaworks gate streams`: {error}") from error
-    if not layers or any(len(rows) != len(ids) or not bool(torch.isfinite(rows).all()) for rows in layers.values()):
+    if not layers or any(len(one) != len(ids) or not bool(torch.isfinite(one).all()) for one in layers.values()):
         raise FitError(f"{path} is damaged: not one finite row per task and layer")
     return Streams(ids, dict(sorted(layers.items())))
 
@@ -138,27 +146,26 @@ def fit_knows(
         )
     target = torch.tensor([row.p_known for row in fitting], dtype=torch.float64)
     fold = _folds(len(fitting), seed)
-    trials = [(one, PENALTIES[1]) for one in streams.layers]
-    found: dict[tuple[int, float], tuple[float, torch.Tensor]] = {}
-    for one in tqdm(trials, desc="fitting the probe", unit="layer"):
-        found[one] = _out_of_fold(streams.of(fitting, one[0]), target, fold, one)
-    layer, _ = min(found, key=lambda one: found[one][0])
-    for one in ((layer, penalty) for penalty in PENALTIES):
-        found.setdefault(one, _out_of_fold(streams.of(fitting, layer), target, fold, one))
-    layer, penalty = min(found, key=lambda one: found[one][0])
-    scores = found[layer, penalty][1]
-    probe = logistic_probe(streams.of(fitting, layer), target, penalty, layer)
-    of_all = dict(zip([row.id for row in rows], probe.score(streams.of(rows, layer)).tolist(), strict=True))
-    of_all |= dict(zip([row.id for row in fitting], scores.tolist(), strict=True))
-    threshold = best_threshold(scores, known.double())
+    first, *others = PENALTIES
+    found = [
+        _out_of_fold(streams, fitting, target, fold, layer, first)
+        for layer in tqdm(streams.layers, desc="fitting the probe", unit="layer")
+    ]
+    layer = min(found, key=lambda trial: trial.loss).layer
+    found += [_out_of_fold(streams, fitting, target, fold, layer, penalty) for penalty in others]
+    best = min(found, key=lambda trial: trial.loss)
+    probe = logistic_probe(streams.of(fitting, best.layer), target, best.penalty, best.layer)
+    of_all = dict(zip([row.id for row in rows], probe.score(streams.of(rows, best.layer)).tolist(), strict=True))
+    of_all |= dict(zip([row.id for row in fitting], best.scores.tolist(), strict=True))
+    threshold = best_threshold(best.scores, known.double())
     header = ProbeHeader(
-        layer=layer,
+        layer=best.layer,
         threshold=threshold,
-        auroc=auroc(scores, known),
-        accuracy=float(((scores >= threshold) == known).double().mean()),
+        auroc=auroc(best.scores, known),
+        accuracy=float(((best.scores >= threshold) == known).double().mean()),
         n=len(fitting),
     )
-    return Knows(probe, header, penalty, of_all)
+    return Knows(probe, header, best.penalty, of_all)
 
 
 def write_knows(knows: Knows, bound: Binding, path: Path) -> None:
@@ -172,11 +179,6 @@ def write_knows(knows: Knows, bound: Binding, path: Path) -> None:
         probe=knows.header,
     )
     write_profile(path, header, {}, knows.probe)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_scores(rows: Sequence[LabelRow], knows: Knows) -> tuple[LabelRow, ...]:
@@ -225,34 +227,32 @@ def _identity(folder: Path) -> str:
     return json.dumps([str(folder.resolve()), weights])
 
 
-def _write_part(path: Path, found: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: rows.contiguous() for name, rows in found.items()}, temporary, metadata=dict(about))
-    temporary.replace(path)
-
-
-def _read_part(path: Path, about: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def _read_part(path: Path, about: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Streams [layers, d] by prompt; none where the file is not there, damaged, or of another model or other layers."""
     try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != about:
-                return {}
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-    except (OSError, SafetensorError):
+        tensors, rows = _read(path)
+    except _UNREADABLE:
         return {}
+    return tensors if rows == about else {}
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `write_states` wrote. Raises what is _UNREADABLE."""
+    with safe_open(path, "pt") as file:
+        rows: dict[str, Any] = json.loads((file.metadata() or {})["rows"])
+        return {name: file.get_tensor(name) for name in file.keys()}, rows  # noqa: SIM118  # it is no dict
 
 
 def _out_of_fold(
-    h: torch.Tensor, target: torch.Tensor, fold: torch.Tensor, trial: tuple[int, float]
-) -> tuple[float, torch.Tensor]:
-    """Loss and scores [N] of a trial (layer, penalty), each row scored by a probe that was fitted without its fold."""
-    layer, penalty = trial
+    streams: Streams, fitting: Sequence[LabelRow], target: torch.Tensor, fold: torch.Tensor, layer: int, penalty: float
+) -> _Trial:
+    h = streams.of(fitting, layer)
     scores = torch.empty(len(h))
     for number in range(_FOLDS):
         inside = fold == number
         scores[inside] = logistic_probe(h[~inside], target[~inside], penalty, layer).score(h[inside])
     loss = torch.nn.functional.binary_cross_entropy(scores.double().clamp(1e-6, 1 - 1e-6), target)
-    return float(loss), scores
+    return _Trial(layer, penalty, float(loss), scores)
 
 
 def _folds(rows: int, seed: int) -> torch.Tensor:

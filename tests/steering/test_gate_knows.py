@@ -18,7 +18,6 @@ from steering.gate import knows
 from steering.gate.fit import Identity, binding
 from steering.gate.knows import (
     Streams,
-    file_sha256,
     fit_knows,
     open_streams,
     record,
@@ -31,7 +30,7 @@ from steering.gate.policy import read_policy
 from steering.gate.schema import parse
 from steering.gate.stages import Splits
 from steering.gate.tasks import Task
-from steering.header import ProfileHeader
+from steering.header import ProfileHeader, file_sha256
 from steering.profile import Profile, check_profile
 from tests.steering.gate_world import gate, read_row, rows, tool, write_rows
 from tests.steering.small_world import LAYERS, WIDTH, collected, world
@@ -221,6 +220,6 @@ def test_a_probe_alone_steers_nowhere(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_profile_steers_or_reads() -> None:
     fields = {"base_fingerprint": "sha256:b", "model_name": "m", "template_sha256": "", "d_in": 4}
     with pytest.raises(ValueError, match="nothing is steered, and there is no probe"):
-        ProfileHeader(**fields)  # type: ignore[arg-type]  # values of several types
+        ProfileHeader.model_validate(fields)
     with pytest.raises(ValueError, match="directions and layers are there together"):
-        ProfileHeader(**fields, directions={"use_context": {"layers": [0]}})  # type: ignore[arg-type]
+        ProfileHeader.model_validate({**fields, "directions": {"use_context": {"layers": [0]}}})
